@@ -1,0 +1,118 @@
+"""Eq. 4 and Sec. 4.1."""
+
+import pytest
+import reference
+import torch
+from helpers import TOLERANCE, each_dtype, leaf, normal, relative_error
+
+import net
+
+# Every class is somewhere in each of the three zones: below 0.1, between, and above 0.9.
+LENGTHS = torch.tensor(
+    [[0.05, 0.50, 0.95, 0.20], [0.93, 0.04, 0.60, 0.97], [0.40, 0.99, 0.02, 0.03]]
+).double()
+LABELS = torch.tensor([1, 0, 2])
+IMAGES, RECONSTRUCTIONS = normal(3, 2, 5, 4, seed=0), normal(3, 2, 5, 4, seed=1)
+
+
+def one_example(*lengths, label=0):
+    """The margin loss of one example."""
+    return net.margin_loss(torch.tensor([lengths]).double(), torch.tensor([label])).item()
+
+
+@each_dtype
+def test_margin_loss_equals_the_oracle(dtype):
+    lengths = LENGTHS.to(dtype)
+    examples = zip(lengths.tolist(), LABELS.tolist(), strict=True)
+    expected = sum(reference.margin_loss(*example) for example in examples) / 3
+    assert relative_error(net.margin_loss(lengths, LABELS), expected) < TOLERANCE[dtype]
+
+
+@each_dtype
+def test_gradient_of_the_margin_loss_equals_the_oracle(dtype):
+    lengths = leaf(LENGTHS, dtype)
+    net.margin_loss(lengths, LABELS).backward()
+    expected = [
+        reference.derivative(lambda x, label=label: reference.margin_loss(x, label) / 3, row)
+        for row, label in zip(lengths.tolist(), LABELS.tolist(), strict=True)
+    ]
+    assert relative_error(lengths.grad, expected) < TOLERANCE[dtype]
+
+
+def test_hinge_of_the_present_class_is_squared():
+    assert one_example(0.4, 0, 0) == pytest.approx(0.5**2)
+
+
+def test_hinge_of_an_absent_class_is_squared_and_halved():
+    assert one_example(1, 0.4, 0) == pytest.approx(0.5 * 0.3**2)
+
+
+def test_margin_loss_is_summed_over_the_classes():
+    assert one_example(*10 * [0.0]) == pytest.approx(0.9**2)
+    assert one_example(*10 * [1.0]) == pytest.approx(9 * 0.5 * 0.9**2)
+
+
+def test_margin_loss_is_averaged_over_the_batch():
+    perfect, nothing = [1.0, 0.0], [0.0, 0.0]
+    lengths = torch.tensor([nothing, perfect, perfect, perfect])
+    loss = net.margin_loss(lengths, torch.zeros(4, dtype=torch.int64))
+    assert loss.item() == pytest.approx(0.9**2 / 4)
+
+
+@pytest.mark.parametrize("present", [0.91, 1.0])
+@pytest.mark.parametrize("absent", [0.0, 0.09])
+def test_lengths_within_their_margins_cost_nothing(present, absent):
+    assert one_example(absent, present, absent, label=1) == 0
+
+
+def test_lengths_within_their_margins_have_zero_gradient():
+    lengths = leaf(torch.tensor([[0.05, 0.95, 0.0]]))
+    net.margin_loss(lengths, torch.tensor([1])).backward()
+    assert torch.equal(lengths.grad, torch.zeros_like(lengths))
+
+
+@each_dtype
+def test_reconstruction_loss_equals_the_oracle(dtype):
+    images, reconstructions = IMAGES.to(dtype), RECONSTRUCTIONS.to(dtype)
+    examples = zip(images.flatten(1).tolist(), reconstructions.flatten(1).tolist(), strict=True)
+    expected = sum(reference.reconstruction_loss(*example) for example in examples) / 3
+    loss = net.reconstruction_loss(images, reconstructions)
+    assert relative_error(loss, expected) < TOLERANCE[dtype]
+
+
+@each_dtype
+def test_gradient_of_the_reconstruction_loss_equals_the_oracle(dtype):
+    reconstructions = leaf(RECONSTRUCTIONS, dtype)
+    net.reconstruction_loss(IMAGES.to(dtype), reconstructions).backward()
+    expected = [
+        reference.derivative(lambda x, y=y: reference.reconstruction_loss(y, x) / 3, x)
+        for x, y in zip(
+            RECONSTRUCTIONS.flatten(1).tolist(), IMAGES.flatten(1).tolist(), strict=True
+        )
+    ]
+    assert relative_error(reconstructions.grad.flatten(1), expected) < TOLERANCE[dtype]
+
+
+def test_reconstruction_loss_is_summed_over_channels_and_pixels():
+    ones = torch.ones(1, 3, 28, 28)
+    assert net.reconstruction_loss(ones, 0 * ones).item() == 3 * 28 * 28
+
+
+def test_reconstruction_loss_is_averaged_over_the_batch():
+    images = torch.zeros(4, 1, 2, 2)
+    images[0] = 1
+    assert net.reconstruction_loss(images, torch.zeros(4, 1, 2, 2)).item() == 4 / 4
+
+
+def test_margin_loss_of_an_empty_batch_is_zero():
+    lengths = leaf(torch.zeros(0, 10))
+    loss = net.margin_loss(lengths, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0 and lengths.grad.shape == (0, 10)
+
+
+def test_reconstruction_loss_of_an_empty_batch_is_zero():
+    reconstructions = leaf(torch.zeros(0, 1, 28, 28))
+    loss = net.reconstruction_loss(torch.zeros_like(reconstructions), reconstructions)
+    loss.backward()
+    assert loss.item() == 0 and reconstructions.grad.shape == (0, 1, 28, 28)
