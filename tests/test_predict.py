@@ -1,0 +1,152 @@
+"""Images of one's own, made like the data set's."""
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import net
+
+STROKES = ((0.7, 1), (0.7, 0), (0, 0.7), (1, 0.7))  # a 4, in the unit square
+
+
+def draw(file, side=200, paper="black", ink="white", digit=100, at=(50, 50), mode="RGB"):
+    """Draw a 4 of `digit` pixels, whose top left corner is `at`, and return the file."""
+    image = Image.new(mode, (side, side), paper)
+    points = [(at[0] + x * digit, at[1] + y * digit) for x, y in STROKES]
+    ImageDraw.Draw(image).line(points, fill=ink, width=max(1, digit // 10), joint="curve")
+    image.save(file)
+    return file
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "digit.png"
+
+
+@pytest.fixture
+def four(file):
+    """A 4, read."""
+    return net.read_image(draw(file), 1, 28)
+
+
+def box(image):
+    """Height and width of what is not black."""
+    rows, columns = image[0, 0].nonzero().unbind(1)
+    return (rows.max() - rows.min() + 1).item(), (columns.max() - columns.min() + 1).item()
+
+
+def centre(image):
+    """The centre of mass, (down, right)."""
+    mass, places = image[0, 0] / image.sum(), torch.arange(image.shape[-1])
+    return (mass.sum(1) @ places.float()).item(), (mass.sum(0) @ places.float()).item()
+
+
+def difference(a, b):
+    """How far two images are apart, as a part of the ink."""
+    return ((a - b).abs().sum() / b.sum()).item()
+
+
+def test_image_becomes_a_batch_of_one(four):
+    assert four.shape == (1, 1, 28, 28) and four.dtype == torch.float32
+
+
+def test_digit_becomes_bright_on_dark(four):
+    assert four.min() == 0 and four.max() == pytest.approx(1, abs=0.1)
+
+
+def test_black_on_white_reads_like_white_on_black(file, four):
+    inverse = net.read_image(draw(file, paper="white", ink="black"), 1, 28)
+    assert (inverse - four).abs().max() < 1e-5
+
+
+def test_pale_digit_reads_like_a_bright_one(file, four):
+    pale = net.read_image(draw(file, paper="#d0d0d0", ink="#606060"), 1, 28)
+    assert (pale - four).abs().max() < 1e-5
+
+
+def test_transparent_paper_reads_like_white(file, four):
+    transparent = draw(file, paper=(0, 0, 0, 0), ink="black", mode="RGBA")
+    assert (net.read_image(transparent, 1, 28) - four).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_grey_and_palette_images_read_like_colour(file, four, mode):
+    with Image.open(file) as image:
+        image.convert(mode).save(file)
+    assert (net.read_image(file, 1, 28) - four).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("side", [60, 100, 1000])
+def test_size_of_the_image_hardly_matters(file, four, side):
+    with Image.open(file) as image:
+        image.resize((side, side)).save(file)
+    assert difference(net.read_image(file, 1, 28), four) < 0.25
+
+
+@pytest.mark.parametrize("at", [(5, 5), (5, 95), (95, 5), (95, 95)])
+def test_place_of_the_digit_does_not_matter(file, four, at):
+    assert torch.equal(net.read_image(draw(file, at=at), 1, 28), four)
+
+
+@pytest.mark.parametrize("size", [28, 32])
+def test_centre_of_mass_comes_to_the_middle(file, size):
+    middle = (size - 1) / 2
+    assert centre(net.read_image(draw(file, at=(0, 90)), 1, size)) == pytest.approx(
+        (middle, middle), abs=0.51
+    )
+
+
+@pytest.mark.parametrize("size", [28, 56])
+def test_digit_fills_20_of_28_pixels(file, size):
+    assert max(box(net.read_image(draw(file), 1, size))) == size * 20 // 28
+
+
+def test_proportions_are_kept(file):
+    image = Image.new("L", (100, 100))
+    ImageDraw.Draw(image).rectangle((20, 30, 79, 59), fill="white")  # 60 wide, 30 high
+    image.save(file)
+    assert box(net.read_image(file, 1, 28)) == (10, 20)
+
+
+def test_line_one_pixel_wide_survives(file):
+    image = Image.new("L", (200, 200))
+    ImageDraw.Draw(image).line((100, 20, 100, 180), fill="white")
+    image.save(file)
+    assert box(net.read_image(file, 1, 28)) == (20, 1)
+
+
+def test_digit_made_like_the_data_set_s_is_left_nearly_as_it_is(file, four):
+    Image.fromarray((255 * four[0, 0]).byte().numpy()).save(file)
+    assert difference(net.read_image(file, 1, 28), four) < 0.05
+
+
+def test_colour_image_is_only_scaled(file):
+    Image.new("RGB", (50, 70), (255, 0, 51)).save(file)
+    expected = torch.tensor([1, 0, 0.2]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    assert torch.allclose(net.read_image(file, 3, 32), expected)
+
+
+@pytest.mark.parametrize("colour", ["black", "grey", "white"])
+def test_empty_image_is_refused_by_name(file, colour):
+    Image.new("L", (50, 50), colour).save(file)
+    with pytest.raises(net.Failure, match="digit.png is empty"):
+        net.read_image(file, 1, 28)
+
+
+@pytest.mark.parametrize("content", [b"", b"This is text.", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_image_is_refused_by_name(file, content):
+    file.write_bytes(content)
+    with pytest.raises(net.Failure, match="digit.png"):
+        net.read_image(file, 1, 28)
+
+
+def test_image_cut_off_is_refused_by_name(file):
+    content = draw(file).read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(net.Failure, match="digit.png"):
+        net.read_image(file, 1, 28)
+
+
+def test_missing_image_is_refused_by_name(file):
+    with pytest.raises(net.Failure, match="digit.png"):
+        net.read_image(file, 1, 28)
