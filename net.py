@@ -231,15 +231,13 @@ class CapsNet(nn.Module):
         grid = (image_size - 2 * (kernel_size - 1) - 1) // 2 + 1
         if grid < 1:
             raise ValueError(f"images of {image_size} px are too small for two convolutions")
-        I, D, E = grid**2 * primary_types, primary_dim, digit_dim
+        I, J, D, E = grid**2 * primary_types, num_classes, primary_dim, digit_dim
         self.conv1 = channels_last_conv(in_channels, conv_channels, kernel_size)
         self.primary_caps = PrimaryCaps(conv_channels, primary_types, D, kernel_size)
-        self.digit_caps = DigitCaps(I, D, num_classes, E, routing_iterations)
+        self.digit_caps = DigitCaps(I, D, J, E, routing_iterations)
         self.reconstruction_weight = 0.0005
-        self.decoder = None
-        if with_reconstruction:
-            shape = (in_channels, image_size, image_size)
-            self.decoder = Decoder(num_classes, E, shape, decoder_widths)
+        shape = (in_channels, image_size, image_size)
+        self.decoder = Decoder(J, E, shape, decoder_widths) if with_reconstruction else None
 
     def primary(self, images):
         """images (B, C, H, W) in [0, 1] -> u (B, I, D), what is routed."""
@@ -286,6 +284,9 @@ class BaselineCNN(nn.Module):
 
 class Failure(Exception):
     """What the user can mend: shown as one line, without a traceback."""
+
+    def __str__(self):
+        return " ".join(super().__str__().split())
 
 
 def process():
@@ -387,8 +388,9 @@ def load_data(name, data_dir, train):
     """A data set's images (N, C, H, W) uint8 and labels (N,) int64, fetched if need be."""
     raw = Path(data_dir) / name / "raw"
     socket.setdefaulttimeout(20)  # seconds; torchvision sets none
+    if name == "MNIST":
+        fetch_mnist(raw)
     try:
-        fetch_mnist(raw) if name == "MNIST" else None
         for file in raw.glob("train-*-ubyte" if train else "t10k-*-ubyte"):
             content = file.read_bytes()
             ndim = int.from_bytes(content[3:4])
@@ -397,8 +399,7 @@ def load_data(name, data_dir, train):
                 raise Failure(f"{file} is damaged, its size is not what its header says; delete it")
         dataset = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-        grey = images.ndim == 3
-        images = images.unsqueeze(1) if grey else images.permute(0, 3, 1, 2).contiguous()
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         return TensorDataset(images, labels)
     except Exception as error:
         place = data_dir if name == "CIFAR10" else raw
@@ -666,8 +667,8 @@ def load_checkpoint(file):
         model.load_state_dict(checkpoint["model"])
     except Exception as error:
         unsafe = "it is damaged or more than plain data; nothing in it was executed"
-        reason = unsafe if isinstance(error, pickle.UnpicklingError) else error
-        raise Failure(f"{file} cannot be loaded: {reason}") from error
+        reason = unsafe if isinstance(error, pickle.UnpicklingError) else repr(error)[:200]
+        raise Failure(f"{file} is no checkpoint that can be loaded: {reason}") from error
     return model, checkpoint
 
 
@@ -895,7 +896,7 @@ def print_result(run, name):
     """The last epoch's error beside the paper's, and what can be done next."""
     args, last = run.args, run.history[-1]
     error, wrong = last[f"{name}_error"], last[f"{name}_wrong"]
-    print(f"result     {error:.2f}% {name} error ({wrong} wrong) after {run.epoch} epochs")
+    print(f"result     {error:.2f}% {name} error ({wrong} wrong) after {last['epoch']} epochs")
     row = (args.model, args.routing_iterations, args.with_reconstruction)
     if args.dataset == "MNIST" and not args.validation and row in TABLE_1:
         print(f"paper      {TABLE_1[row]}% (Table 1, mean of 3 trials)")
@@ -979,19 +980,18 @@ def start(args, model, checkpoint):
 def main(argv=None):
     """The command line's entry. Returns the exit status."""
     try:
-        args, model, checkpoint = parse_args(argv)
-        return start(args, model, checkpoint)
+        args, *loaded = parse_args(argv)
+        return start(args, *loaded)
     except Failure as failure:
         reason = failure
     except (MemoryError, RuntimeError) as error:
-        signs = ("out of memory", "allocate", "bad_alloc", "bad allocation")
-        if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)):
+        if not any(sign in repr(error) for sign in ("MemoryError", "out of memory", "alloc")):
             raise
         sizes = f"--batch-size {args.batch_size} and --test-batch-size {args.test_batch_size}"
         reason = f"out of memory with {sizes}: lower the one, or both"
     except KeyboardInterrupt:
         return 130
-    print("net.py:", " ".join(str(reason).split())[:600], file=sys.stderr)
+    print(f"net.py: {reason}", file=sys.stderr)
     return 1
 
 

@@ -7,6 +7,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from helpers import leaf, normal, relative_error
+from torch.utils.data import TensorDataset
 
 import net
 
@@ -160,7 +161,7 @@ def test_evaluate_draws_the_longest_capsule_whatever_the_label():
     drawn = model(images.float() / 255).reconstruction
     expected = net.reconstruction_loss(images.float() / 255, drawn)
     for label in range(J):
-        sums = net.evaluate(model, net.Data(images, torch.full((B,), label), J), B)
+        sums = net.evaluate(model, TensorDataset(images, torch.full((B,), label)), B)
         assert sums[2] / B == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -169,7 +170,7 @@ def test_total_loss_is_the_margin_loss_and_a_2000th_of_the_reconstruction_loss()
     output = model(images, labels)
     margin = net.margin_loss(output.lengths, labels)
     reconstruction = net.reconstruction_loss(images, output.reconstruction)
-    expected = [margin + 0.0005 * reconstruction, margin, reconstruction]
+    expected = torch.stack([margin + 0.0005 * reconstruction, margin, reconstruction])
     assert relative_error(model.losses(output, images, labels), expected) < 1e-6
 
 

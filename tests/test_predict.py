@@ -42,8 +42,9 @@ def centre(image):
 
 
 def difference(a, b):
-    """How far two images are apart, as a part of the ink."""
-    return ((a - b).abs().sum() / b.sum()).item()
+    """How far two images are apart, as a part of the ink, but for one pixel of place."""
+    moved = [a.roll((down, right), (-2, -1)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return min(((image - b).abs().sum() / b.sum()).item() for image in moved)
 
 
 def test_image_becomes_a_batch_of_one(four):
@@ -76,11 +77,11 @@ def test_grey_and_palette_images_read_like_colour(file, four, mode):
     assert (net.read_image(file, 1, 28) - four).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("side", [60, 100, 1000])
+@pytest.mark.parametrize("side", [60, 100, 150, 1000])
 def test_size_of_the_image_hardly_matters(file, four, side):
     with Image.open(file) as image:
         image.resize((side, side)).save(file)
-    assert difference(net.read_image(file, 1, 28), four) < 0.25
+    assert difference(net.read_image(file, 1, 28), four) < 0.4  # mirrored it is 0.96
 
 
 @pytest.mark.parametrize("at", [(5, 5), (5, 95), (95, 5), (95, 95)])

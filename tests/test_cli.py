@@ -1,0 +1,678 @@
+"""The command line: its flags, what each changes, what it refuses and what it prints."""
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPOSITORY, write_fashion
+from PIL import Image
+from torch import nn
+
+import net
+
+torch.set_num_threads(1)  # for tiny layers the fastest
+
+FLAGS = {
+    # the nine flags of the earlier PyTorch implementation, and hyphens for two of them
+    "--batch-size": 128,
+    "--test-batch-size": 1000,
+    "--epochs": 250,
+    "--lr": 0.001,
+    "--no-cuda": False,
+    "--seed": 1,
+    "--log-interval": 10,
+    "--routing_iterations": 3,
+    "--routing-iterations": 3,
+    "--with_reconstruction": False,
+    "--with-reconstruction": False,
+    # new here
+    "--model": "capsnet",
+    "--reconstruction-weight": 0.0005,
+    "--lr-decay": 0.005,
+    "--dataset": "MNIST",
+    "--data-dir": "data",
+    "--validation": 0,
+    "--output-dir": None,
+    "--resume": None,
+    "--evaluate": None,
+    "--predict": None,
+    "--precision": "auto",
+    "--compile": False,
+}
+
+
+def main(*args):
+    """The command with these arguments in this process, on the CPU."""
+    return net.main(["--no-cuda", *map(str, args)])
+
+
+@pytest.fixture
+def train(small, fashion, tmp_path):
+    """Call it with flags to train, one epoch of four steps unless they say otherwise.
+
+    Returns the run folder.
+    """
+
+    def train(*flags, name="run"):
+        places = ("--data-dir", fashion, "--output-dir", tmp_path / name)
+        sizes = ("--epochs", 1, "--batch-size", 16, "--precision", "fp32")
+        assert main("--dataset", "FashionMNIST", *places, *sizes, *flags) == 0
+        return tmp_path / name
+
+    return train
+
+
+@pytest.fixture
+def small_baseline(monkeypatch):
+    """Every baseline is tiny."""
+
+    class SmallBaseline(net.BaselineCNN):
+        def __init__(self, in_channels, image_size, num_classes):
+            nn.Module.__init__(self)
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, num_classes))
+
+    monkeypatch.setattr(net, "BaselineCNN", SmallBaseline)
+    return SmallBaseline
+
+
+def checkpoint(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def shown(capsys, word):
+    """What a run shows beside the word at the head of a line."""
+    (text,) = re.findall(rf"^{word} +(.+)$", capsys.readouterr().out, re.MULTILINE)
+    return text
+
+
+# ---- The list of flags -----------------------------------------------------------------------
+
+
+def test_flags_and_their_defaults_are_frozen():
+    parser = net.build_parser()
+    defaults = vars(parser.parse_args([]))
+    options = [(option, a.dest) for a in parser._actions[1:] for option in a.option_strings]
+    assert {option: defaults[name] for option, name in options} == FLAGS  # [0] is --help
+
+
+@pytest.mark.parametrize("flag", ["--epoch=3", "--no-cud", "--with", "--routing=1"])
+def test_flags_cannot_be_abbreviated(flag):
+    with pytest.raises(SystemExit, match="2"):
+        net.build_parser().parse_args([flag])
+
+
+def test_help_shows_every_default():
+    text = " ".join(net.build_parser().format_help().split())
+    defaults = [value for value in FLAGS.values() if value is not None]
+    assert all(f"(default: {value})" in text for value in defaults)
+
+
+def test_help_is_grouped():
+    titles = re.findall(r"^(\w+):$", net.build_parser().format_help(), re.MULTILINE)
+    assert titles == ["options", "model", "optimisation", "data", "run", "speed"]
+
+
+def test_every_flag_has_a_test_here():
+    names = {flag.strip("-").replace("-", "_") for flag in FLAGS}
+    assert not [flag for flag in names if not any(f"test_{flag}_" in test for test in globals())]
+
+
+# ---- Every flag changes what it claims -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "steps"), [(16, 4), (24, 3), (1000, 1)])
+def test_batch_size_sets_the_number_of_steps(train, size, steps):
+    assert checkpoint(train("--batch-size", size))["step"] == steps
+
+
+def test_test_batch_size_is_the_number_of_images_tested_at_a_time(train, monkeypatch):
+    sizes, original = [], net.CapsNet.losses
+
+    def spy(model, output, images, labels):
+        sizes.append(len(labels))
+        return original(model, output, images, labels)
+
+    monkeypatch.setattr(net.CapsNet, "losses", spy)
+    train("--test-batch-size", 15)
+    assert sizes == [16, 16, 16, 16, 15, 15, 10]
+
+
+def test_epochs_is_the_number_of_epochs(train):
+    assert [entry["epoch"] for entry in log(train("--epochs", 3))] == [1, 2, 3]
+
+
+def test_lr_is_how_far_the_first_step_of_adam_moves_a_weight(train):
+    saved = checkpoint(train("--lr", 0.01, "--batch-size", 64))
+    torch.manual_seed(saved["args"]["seed"])
+    first = net.make_model(argparse.Namespace(**saved["args"])).state_dict()
+    moves = [(saved["model"][name] - first[name]).abs().max().item() for name in first]
+    assert max(moves) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_lr_decay_is_the_part_of_the_rate_that_is_left_at_the_end(train):
+    saved = checkpoint(train("--lr-decay", 0.01))
+    rate = saved["optimizer"]["param_groups"][0]["lr"].item()
+    assert rate == pytest.approx(0.001 * 0.01 ** (3 / 4))
+
+
+def test_no_cuda_computes_on_the_cpu_where_there_is_a_gpu(train, fashion, monkeypatch, capsys):
+    folder = train()
+    capsys.readouterr()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    net.main(["--evaluate", str(folder), "--data-dir", str(fashion), "--no-cuda"])
+    assert shown(capsys, "device").startswith("cpu")
+
+
+def test_seed_changes_the_initial_weights(train):
+    one, other = (checkpoint(train("--seed", s, "--lr", 1e-12, name=str(s))) for s in (1, 2))
+    assert not torch.allclose(one["model"]["conv1.weight"], other["model"]["conv1.weight"])
+
+
+def test_seed_changes_the_order_and_the_shifts(train, monkeypatch):
+    seen, original = [], net.random_shift
+
+    def spy(images, shifts):
+        seen.append((images, shifts))
+        return original(images, shifts)
+
+    monkeypatch.setattr(net, "random_shift", spy)
+    for seed in (1, 2):
+        train("--seed", seed, "--batch-size", 64, name=str(seed))
+    (one, one_shifts), (other, other_shifts) = seen
+    assert not torch.equal(one, other) and not torch.equal(one_shifts, other_shifts)
+
+
+@pytest.mark.parametrize(("interval", "lines"), [(1, 16), (5, 3), (100, 0)])
+def test_log_interval_is_the_number_of_steps_from_report_to_report(train, capsys, interval, lines):
+    train("--log-interval", interval, "--batch-size", 4)
+    assert capsys.readouterr().out.count("images/s") == lines
+
+
+@pytest.mark.parametrize("flag", ["--routing_iterations", "--routing-iterations"])
+def test_routing_iterations_are_those_of_the_model(train, flag):
+    model, _ = net.load_checkpoint(train(flag, 2))
+    assert model.digit_caps.routing_iterations == 2
+
+
+def test_routing_iterations_change_the_result(train):
+    one, other = (train("--routing_iterations", r, name=str(r)) for r in (1, 3))
+    assert log(one)[0]["train_loss"] != log(other)[0]["train_loss"]
+
+
+@pytest.mark.parametrize("flag", ["--with_reconstruction", "--with-reconstruction"])
+def test_with_reconstruction_adds_the_decoder(train, flag):
+    model, _ = net.load_checkpoint(train(flag))
+    assert model.decoder is not None
+
+
+def test_without_reconstruction_there_is_no_decoder(train):
+    model, _ = net.load_checkpoint(train())
+    assert model.decoder is None
+
+
+def test_reconstruction_weight_is_that_of_the_loss_in_the_total(train):
+    (entry,) = log(train("--with_reconstruction", "--reconstruction-weight", 0.25))
+    total = entry["train_margin_loss"] + 0.25 * entry["train_reconstruction_loss"]
+    assert entry["train_loss"] == pytest.approx(total)
+
+
+def test_model_chooses_the_baseline(train, small_baseline):
+    model, _ = net.load_checkpoint(train("--model", "baseline"))
+    assert isinstance(model, small_baseline)
+
+
+def test_dataset_chooses_the_data(train, fashion, tmp_path, capsys):
+    shutil.copytree(fashion / "FashionMNIST", tmp_path / "KMNIST")
+    train("--dataset", "KMNIST", "--data-dir", tmp_path)
+    assert shown(capsys, "data").startswith("KMNIST: 64 training and 40 test images")
+
+
+def test_data_dir_is_where_the_data_lie(train, tmp_path, capsys):
+    train("--data-dir", write_fashion(tmp_path / "data", train=32, test=10))
+    assert "32 training and 10 test images" in shown(capsys, "data")
+
+
+def test_validation_holds_out_the_last_training_images(train, fashion, monkeypatch):
+    seen, original = [], net.evaluate
+
+    def spy(model, data, *args):
+        seen.append(data.tensors[0])
+        return original(model, data, *args)
+
+    monkeypatch.setattr(net, "evaluate", spy)
+    train("--validation", 10)
+    images, _ = net.load_data("FashionMNIST", fashion, train=True).tensors
+    assert torch.equal(seen[0], images[-10:])
+
+
+def test_validation_trains_on_the_other_images(train, capsys):
+    train("--validation", 10)
+    assert "54 training and 10 valid images" in shown(capsys, "data")
+
+
+def test_validation_is_logged_as_such(train):
+    entry = log(train("--validation", 10))[0]
+    assert [name for name in entry if name.endswith("_wrong")] == ["train_wrong", "valid_wrong"]
+
+
+def test_validation_never_opens_the_test_set(train, fashion, tmp_path):
+    shutil.copytree(fashion, tmp_path / "data")
+    for file in (tmp_path / "data").rglob("t10k*"):
+        file.write_bytes(b"sealed")
+    train("--validation", 10, "--data-dir", tmp_path / "data")
+
+
+def test_output_dir_is_the_run_folder(train, tmp_path):
+    train("--output-dir", tmp_path / "deep" / "folder")
+    files = {file.name for file in (tmp_path / "deep" / "folder").iterdir()}
+    assert files == {"args.json", "last.pt", "log.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--dataset", "KMNIST"),
+        ("--routing_iterations", "1"),
+        ("--with_reconstruction",),
+        ("--seed", "2"),
+        ("--validation", "10"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_output_dir_is_by_default_named_after_the_run(
+    small, fashion, tmp_path, monkeypatch, capsys, flags
+):
+    for name in ("FashionMNIST", "KMNIST"):
+        shutil.copytree(fashion / "FashionMNIST", tmp_path / "data" / name)
+    monkeypatch.chdir(tmp_path)
+    run = ("--dataset", "FashionMNIST", "--epochs", 1)
+    assert main(*run) == main(*run, *flags) == 0
+    assert len(list(Path("runs").glob("*/last.pt"))) == 2
+
+
+def test_predict_classifies_an_image(train, fashion, tmp_path, capsys):
+    folder, file = train("--epochs", 20, "--lr", 0.01), tmp_path / "a bar.png"
+    images, labels = net.load_data("FashionMNIST", fashion, train=False).tensors
+    Image.fromarray(images[7, 0].numpy()).save(file)
+    model, _ = net.load_checkpoint(folder)
+    expected = model(net.read_image(file, 1, 28)).lengths.argmax().item()
+    assert main("--evaluate", folder, "--predict", file) == 0
+    assert f"{file}: {expected}\n" in capsys.readouterr().out
+
+
+def test_predict_prints_the_length_of_every_class(train, tmp_path, capsys):
+    folder, file = train(), tmp_path / "square.png"
+    Image.linear_gradient("L").save(file)
+    capsys.readouterr()
+    main("--evaluate", folder, "--predict", file)
+    model, _ = net.load_checkpoint(folder)
+    lengths = model(net.read_image(file, 1, 28)).lengths[0].tolist()
+    printed = re.findall(r"(\d):(\d\.\d\d)", capsys.readouterr().out.splitlines()[-1])
+    assert printed == [(str(label), f"{length:.2f}") for label, length in enumerate(lengths)]
+
+
+def test_predict_works_with_the_baseline(train, small_baseline, tmp_path):
+    folder, file = train("--model", "baseline"), tmp_path / "gradient.png"
+    Image.linear_gradient("L").save(file)
+    assert main("--evaluate", folder, "--predict", file) == 0
+
+
+def test_precision_changes_the_result(train):
+    one, other = (train("--precision", name, name=name) for name in ("fp32", "bf16"))
+    assert log(one)[0]["train_loss"] != log(other)[0]["train_loss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_leaves_the_weights_in_fp32(train, precision):
+    weights = checkpoint(train("--precision", precision))["model"].values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+
+
+def test_precision_is_resolved_before_it_is_saved(train):
+    assert checkpoint(train("--precision", "auto"))["args"]["precision"] in ("fp32", "bf16")
+
+
+def test_compile_compiles_the_training_step(train, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(module))
+    train("--compile")
+    assert compiled
+
+
+# ---- Resume and evaluate ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "last.pt"])
+def test_resume_takes_a_run_folder_or_its_checkpoint(train, fashion, name):
+    folder = train()
+    assert main("--resume", folder / name, "--data-dir", fashion, "--epochs", 2) == 0
+    assert log(folder)[-1]["epoch"] == 2
+
+
+CONTRADICTIONS = [
+    ("--batch-size", "8"),
+    ("--lr", "0.1"),
+    ("--lr-decay", "0.1"),
+    ("--seed", "2"),
+    ("--dataset", "KMNIST"),
+    ("--validation", "10"),
+    ("--model", "baseline"),
+    ("--with_reconstruction",),
+    ("--reconstruction-weight", "0.1"),
+    ("--precision", "bf16"),
+]
+
+
+def refused(capsys, *argv):
+    """What argparse says of a wrong command line."""
+    with pytest.raises(SystemExit) as error:
+        net.parse_args([str(arg) for arg in argv])
+    assert error.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1].replace("_", "-")
+
+
+@pytest.mark.parametrize("flags", [*CONTRADICTIONS, ("--routing_iterations", "1")], ids=str)
+def test_resume_refuses_to_contradict_the_checkpoint(train, capsys, flags):
+    said = refused(capsys, "--resume", train(), *flags)
+    assert flags[0].strip("-").replace("_", "-") in said
+
+
+@pytest.mark.parametrize("flags", [*CONTRADICTIONS, ("--epochs", "2")], ids=str)
+def test_evaluate_refuses_to_contradict_the_checkpoint(train, capsys, flags):
+    said = refused(capsys, "--evaluate", train(), *flags)
+    assert flags[0].strip("-").replace("_", "-") in said
+
+
+def test_resume_takes_the_flags_of_the_run(train):
+    folder = train("--lr", 0.01, "--routing_iterations", 2)
+    args, _, _ = net.parse_args(["--resume", str(folder)])
+    assert (args.lr, args.routing_iterations) == (0.01, 2)
+
+
+def test_resume_may_change_place_device_test_batch_and_reports(train, fashion, tmp_path):
+    folder = train()
+    shutil.copytree(fashion, tmp_path / "moved")
+    free = ("--test-batch-size", 7, "--log-interval", 1)
+    assert main("--resume", folder, "--data-dir", tmp_path / "moved", *free) == 0
+
+
+def test_resume_may_change_epochs_only_when_the_run_is_complete(train, capsys):
+    folder = train("--epochs", 2)
+    torch.save({**checkpoint(folder), "epoch": 1}, folder / "last.pt")
+    assert "epochs" in refused(capsys, "--resume", folder, "--epochs", 3)
+
+
+def test_resume_with_more_epochs_continues_a_complete_run(train, fashion):
+    folder = train()
+    assert main("--resume", folder, "--data-dir", fashion, "--epochs", 3) == 0
+    assert [entry["epoch"] for entry in log(folder)] == [1, 2, 3]
+
+
+def test_resume_of_a_complete_run_trains_no_more(train, fashion):
+    folder = train()
+    before = (folder / "last.pt").read_bytes()
+    assert main("--resume", folder, "--data-dir", fashion) == 0
+    assert (folder / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [(), ("--validation", 10)], ids=["test", "validation"])
+def test_evaluate_prints_the_wrong_count_of_the_last_epoch(train, fashion, capsys, flags):
+    folder = train("--epochs", 8, "--lr", 0.01, *flags)
+    last, name = log(folder)[-1], "valid" if flags else "test"
+    assert 0 < last[f"{name}_wrong"] < 36
+    capsys.readouterr()
+    main("--evaluate", folder, "--data-dir", fashion)
+    assert f"({last[f'{name}_wrong']} wrong)" in shown(capsys, "result")
+
+
+def test_evaluate_changes_nothing_in_the_run_folder(train, fashion):
+    folder = train()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert main("--evaluate", folder, "--data-dir", fashion) == 0
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_evaluate_may_change_the_routing_iterations(train, fashion, monkeypatch):
+    used, original = set(), net.routing
+
+    def spy(u, weight, iterations):
+        used.add(iterations)
+        return original(u, weight, iterations)
+
+    folder = train()
+    monkeypatch.setattr(net, "routing", spy)
+    assert main("--evaluate", folder, "--data-dir", fashion, "--routing_iterations", 1) == 0
+    assert used == {1}
+
+
+# ---- Refused ---------------------------------------------------------------------------------
+
+COUNTS = ("--batch-size", "--test-batch-size", "--epochs", "--log-interval", "--routing_iterations")
+BAD = [
+    *[(flag, value) for flag in COUNTS for value in ("0", "-1", "1.5", "nan", "inf", "many")],
+    *[(flag, value) for flag in ("--seed", "--validation") for value in ("-1", "1.5", "nan")],
+    *[(flag, v) for flag in ("--lr", "--lr-decay") for v in ("0", "-1", "nan", "inf", "much")],
+    *[("--reconstruction-weight", value) for value in ("-1", "nan", "inf")],
+    ("--lr-decay", "1.5"),
+    ("--seed", "9" * 30),
+    ("--dataset", "ImageNet"),
+    ("--model", "transformer"),
+    ("--precision", "fp64"),
+    ("--predict", "digit.png"),
+    ("--resume", "a", "--output-dir", "b"),
+    ("--resume", "a", "--evaluate", "b"),
+    ("--evaluate",),
+    ("--model", "baseline", "--with_reconstruction"),
+    ("--learning-rate", "0.1"),
+]
+
+
+@pytest.mark.parametrize("flags", BAD, ids=" ".join)
+def test_bad_value_is_refused(capsys, flags):
+    assert refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("flags", [bad for bad in BAD if len(bad) == 2][:-2], ids=" ".join)
+def test_refusal_names_the_flag(capsys, flags):
+    assert flags[0].replace("_", "-") in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--seed", "0"), ("--validation", "0"), ("--reconstruction-weight", "0"), ("--lr-decay", "1")],
+    ids=" ".join,
+)
+def test_value_at_the_border_is_allowed(flags):
+    net.build_parser().parse_args(flags)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every way to the network fails at once."""
+
+    def fail(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    for name in net.DATASETS:
+        monkeypatch.setattr(net.torchvision.datasets, name, fail)
+    monkeypatch.setattr(net.subprocess, "run", fail)
+
+
+@pytest.fixture
+def said(capsys):
+    """Call it to have the only line on stderr, which ends a failed command."""
+
+    def said(*args):
+        assert main(*args) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return said
+
+
+@pytest.mark.parametrize("name", net.DATASETS)
+def test_missing_data_without_a_network_is_said_in_one_line(name, no_network, said, tmp_path):
+    line = said("--dataset", name, "--data-dir", tmp_path, "--output-dir", tmp_path / "run")
+    assert name in line and "network is unreachable" in line
+
+
+@pytest.mark.parametrize("name", net.DATASETS)
+def test_missing_data_are_said_where_to_put(name, no_network, said, tmp_path):
+    line = said("--dataset", name, "--data-dir", tmp_path, "--output-dir", tmp_path / "run")
+    assert re.search(rf"[Pp]ut .+ into {tmp_path}", line)
+
+
+def test_validation_of_all_images_is_refused(said, fashion, tmp_path):
+    run = ("--dataset", "FashionMNIST", "--data-dir", fashion, "--output-dir", tmp_path)
+    assert "--validation 64" in said(*run, "--validation", 64)
+
+
+MEMORY = [
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+]
+
+
+def fail_with(error):
+    def fail(*args):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=repr)
+def test_out_of_memory_names_the_batch_size(small, said, fashion, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(net, "train_step", fail_with(error))
+    run = ("--dataset", "FashionMNIST", "--data-dir", fashion, "--output-dir", tmp_path)
+    assert "--batch-size 32" in said(*run, "--batch-size", 32)
+
+
+def test_error_about_a_wrong_address_is_not_called_out_of_memory(train, monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(net, "train_step", fail_with(error))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train()
+
+
+@pytest.mark.parametrize("name", ["missing.png", "net.py"])
+def test_predict_names_what_is_no_image(train, fashion, said, name):
+    folder = train()
+    assert str(REPOSITORY / name) in said("--evaluate", folder, "--predict", REPOSITORY / name)
+
+
+# ---- Output ----------------------------------------------------------------------------------
+
+
+def test_first_lines_tell_what_runs(train, capsys):
+    train()
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert words[:6] == ["device", "precision", "torch", "data", "model", "run"]
+
+
+def test_last_line_is_the_command_that_tests_the_result(train, capsys):
+    train()
+    command = capsys.readouterr().out.splitlines()[-1].partition("python net.py ")[2]
+    assert main(*shlex.split(command)) == 0
+
+
+def test_output_names_the_checkpoint(train, capsys):
+    assert shown_path(train(), capsys) == "last.pt"
+
+
+def shown_path(folder, capsys):
+    return Path(shown(capsys, "saved to")).relative_to(folder).name
+
+
+def one_wrong_of_ten_thousand(*args):
+    return torch.tensor([0, 0, 0, 1, 10_000], dtype=torch.float64)
+
+
+def test_one_wrong_of_10000_is_shown_as_an_error_of_a_hundredth(train, monkeypatch, capsys):
+    monkeypatch.setattr(net, "evaluate", one_wrong_of_ten_thousand)
+    train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "wrong)" in line]
+    assert len(lines) == 2 and all(re.search(r" 0\.01%.* \(1 wrong\)", line) for line in lines)
+
+
+def test_evaluate_shows_one_wrong_of_10000_as_an_error_of_a_hundredth(
+    train, fashion, monkeypatch, capsys
+):
+    monkeypatch.setattr(net, "evaluate", one_wrong_of_ten_thousand)
+    folder = train()
+    capsys.readouterr()
+    main("--evaluate", folder, "--data-dir", fashion)
+    assert re.search(r"^0\.01% .*\(1 wrong\)", shown(capsys, "result"))
+
+
+def test_nothing_less_is_shown_as_100_percent(train, fashion, monkeypatch, capsys):
+    monkeypatch.setattr(net, "evaluate", one_wrong_of_ten_thousand)
+    main("--evaluate", train(), "--data-dir", fashion)
+    assert not re.search(r"\b100(\.0*)? ?%", capsys.readouterr().out)
+
+
+def result(capsys, **changes):
+    """What is printed at the end of a run with these arguments."""
+    defaults = vars(net.build_parser().parse_args([]))
+    args = argparse.Namespace(**{**defaults, **changes})
+    entry = {"epoch": 3, "test_error": 0.25, "test_wrong": 25}
+    run = argparse.Namespace(args=args, history=[entry], folder=Path("runs", "x"))
+    net.print_result(run, "test")
+    return capsys.readouterr().out
+
+
+TABLE_1 = [
+    ({"model": "baseline"}, "0.39"),
+    ({"routing_iterations": 1}, "0.34 +- 0.032"),
+    ({"routing_iterations": 1, "with_reconstruction": True}, "0.29 +- 0.011"),
+    ({}, "0.35 +- 0.036"),
+    ({"with_reconstruction": True}, "0.25 +- 0.005"),
+]
+
+
+@pytest.mark.parametrize(("changes", "number"), TABLE_1, ids=str)
+def test_result_stands_beside_its_row_of_table_1(capsys, changes, number):
+    assert f"{number}%" in result(capsys, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"dataset": "KMNIST"}, {"routing_iterations": 2}], ids=str)
+def test_result_that_is_not_in_table_1_stands_alone(capsys, changes):
+    assert "Table 1" not in result(capsys, **changes)
+
+
+def test_headline_stands_beside_the_earlier_implementation(capsys):
+    assert "99.65%" in result(capsys, with_reconstruction=True)
+
+
+# ---- Commands in the texts -------------------------------------------------------------------
+
+
+def commands(text):
+    """The arguments of every command in a text that starts net.py."""
+    found = re.findall(r"\b(?:python|torchrun\b[^\n`]*) net\.py((?: [^\s`]+)*)", text)
+    return [shlex.split(arguments) for arguments in found]
+
+
+def test_every_command_in_the_readme_parses():
+    for argv in commands((REPOSITORY / "README.md").read_text().replace("\\\n", "")):
+        net.build_parser().parse_args(argv)
+
+
+def test_every_command_in_the_docstring_parses():
+    for argv in commands(net.__doc__):
+        net.build_parser().parse_args(argv)
+
+
+def test_commands_are_found_in_a_text():
+    text = "`python net.py --lr 1` or\n    torchrun --x 2 net.py --seed 3   # three\n"
+    assert commands(text) == [["--lr", "1"], ["--seed", "3"]]

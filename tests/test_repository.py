@@ -1,0 +1,80 @@
+"""What the repository promises of itself."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import REPOSITORY
+
+import net
+
+SOURCE = (REPOSITORY / "net.py").read_text()
+README = (REPOSITORY / "README.md").read_text()
+TREE = ast.parse(SOURCE)
+BANNER = re.compile(r"^# ---- (.*?) -+$", re.MULTILINE)
+DEFINITIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+
+
+def test_net_has_at_most_1000_lines():
+    assert len(SOURCE.splitlines()) <= 1000
+
+
+def test_readme_has_less_than_300_lines():
+    assert len(README.splitlines()) < 300
+
+
+def test_function_fits_one_screen():
+    lengths = {n.name: n.end_lineno - n.lineno + 1 for n in DEFINITIONS}
+    functions = {n.name for n in DEFINITIONS if isinstance(n, ast.FunctionDef)}
+    assert {name: n for name, n in lengths.items() if name in functions and n > 60} == {}
+
+
+def test_map_of_the_docstring_equals_the_banners():
+    lines = re.findall(r"^    (\S.*)$", net.__doc__, re.MULTILINE)
+    assert [line for line in lines if not line.startswith("python")] == BANNER.findall(SOURCE)
+
+
+def test_readme_names_the_sections_in_their_order():
+    places = [README.index(f"| {banner} |") for banner in BANNER.findall(SOURCE)]
+    assert places == sorted(places)
+
+
+def test_choices_in_the_code_equal_the_rows_of_the_readme():
+    table = README.split("## Choices")[1].split("\n## ")[0]
+    rows = [int(n) for n in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)]
+    marks = {int(n) for n in re.findall(r"CHOICE (\d+)", SOURCE)}
+    assert rows == sorted(marks) == list(range(1, len(rows) + 1))
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda n: n.name)
+def test_public_definition_has_a_docstring(definition):
+    nested = definition.name == "parse"
+    assert definition.name.startswith("_") or nested or ast.get_docstring(definition)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", README))))
+def test_proof_that_the_readme_names_exists(name):
+    files = (REPOSITORY / "tests").glob("test_*.py")
+    assert any(f"def {name}(" in file.read_text() for file in files)
+
+
+def test_importing_net_has_no_side_effects():
+    code = (
+        "import random, signal, torch; numbers = torch.get_rng_state(), random.getstate(); "
+        "handler = signal.getsignal(signal.SIGINT); import net; "
+        "assert torch.equal(torch.get_rng_state(), numbers[0]); "
+        "assert random.getstate() == numbers[1]; "
+        "assert signal.getsignal(signal.SIGINT) is handler"
+    )
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
+
+
+def test_results_hold_no_absolute_path():
+    for file in (REPOSITORY / "results").glob("**/args.json"):
+        texts = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(json.loads(file.read_text())))
+        assert not [text for text in texts if re.match(r"[/~]|[A-Za-z]:\\", text)]

@@ -1,0 +1,295 @@
+"""Training and evaluation."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import write_fashion
+from torch.utils.data import TensorDataset
+
+import net
+
+torch.set_num_threads(1)  # for tiny layers the fastest
+NEVER = SimpleNamespace(signal=0, agreed=lambda: 0)  # a Stop without a signal
+
+
+@pytest.fixture
+def data(fashion):
+    """(64 training images, 40 test images)."""
+    return net.load_splits("FashionMNIST", fashion)
+
+
+@pytest.fixture
+def start(small, tmp_path):
+    """Call it with training data and flags: a run that is about to begin."""
+
+    def start(data, *flags):
+        args = net.build_parser().parse_args(["--no-cuda", "--precision", "fp32", *flags])
+        args.in_channels, args.image_size, args.num_classes = 1, 28, 10
+        torch.manual_seed(args.seed)
+        model = net.make_model(args)
+        return net.Run(tmp_path, args, model, math.ceil(len(data) / args.batch_size))
+
+    return start
+
+
+def train(run, data):
+    """All epochs of a run, without tests and saves."""
+    while run.epoch < run.args.epochs:
+        net.train_epoch(run, data, NEVER)
+        run.epoch += 1
+
+
+@pytest.fixture
+def main(small, fashion, tmp_path):
+    """Call it with flags to train by the command line; it returns the run folder."""
+
+    def main(*flags, name="run", status=0):
+        places = ("--data-dir", fashion, "--output-dir", tmp_path / name)
+        sizes = ("--epochs", 2, "--batch-size", 16, "--precision", "fp32", "--no-cuda")
+        argv = ("--dataset", "FashionMNIST", "--with_reconstruction", *places, *sizes, *flags)
+        assert net.main([str(arg) for arg in argv]) == status
+        return tmp_path / name
+
+    return main
+
+
+def weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["model"]
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def equal(a, b):
+    """Whether two state dicts are the same, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def copied(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """The training loss of every step, as it is computed, and how many examples it is of."""
+    seen, original = [], net.CapsNet.losses
+
+    def spy(model, output, images, labels):
+        values = original(model, output, images, labels)
+        if model.training:
+            seen.append((values[0].item(), len(labels)))
+        return values
+
+    monkeypatch.setattr(net.CapsNet, "losses", spy)
+    return seen
+
+
+# ---- Learning --------------------------------------------------------------------------------
+
+
+def test_32_examples_are_learned_without_an_error(start, data):
+    few = TensorDataset(*data[0][:32])
+    run = start(few, "--batch-size", "16", "--lr", "0.01", "--epochs", "40")
+    train(run, few)
+    assert net.averages(net.evaluate(run.model, few, 32), "train")["train_wrong"] == 0
+
+
+def test_first_losses_are_the_golden_ones(start, data, losses):
+    """After a change that is meant to change them, copy what this prints when it fails."""
+    flags = ("--batch-size", "12", "--lr", "0.001", "--lr-decay", "0.005", "--with_reconstruction")
+    net.train_epoch(start(data[0], *flags), data[0], NEVER)
+    golden = [0.870216, 0.864560, 0.839104, 0.787216, 0.706899]
+    assert [loss for loss, _ in losses[:5]] == pytest.approx(golden, rel=1e-4)
+
+
+def test_identical_runs_end_with_identical_weights(main):
+    assert equal(weights(main(name="one")), weights(main(name="other")))
+
+
+def test_training_leaves_no_weight_as_it_was(start, data):
+    run = start(data[0], "--batch-size", "16", "--with_reconstruction")
+    before = copied(run.model)
+    net.train_epoch(run, data[0], NEVER)
+    assert all(not torch.equal(before[name], w) for name, w in run.model.state_dict().items())
+
+
+def test_loss_in_the_log_is_the_mean_over_the_examples(main, losses):
+    (entry,) = log(main("--batch-size", 24, "--epochs", 1))
+    assert [count for _, count in losses] == [24, 24, 16]
+    mean = sum(loss * count for loss, count in losses) / 64
+    assert entry["train_loss"] == pytest.approx(mean, rel=1e-6)
+
+
+# ---- Learning rate ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 0.1), (500, 0.01), (1000, 0.001)])
+def test_learning_rate_falls_exponentially(step, rate):
+    assert net.learning_rate(step, 1000, 0.1, 0.01) == pytest.approx(rate)
+
+
+def test_learning_rate_depends_on_nothing_but_its_arguments():
+    steps = [5, 0, 9, 5, 0]
+    rates = [net.learning_rate(step, 10, 0.1, 0.01) for step in steps]
+    assert rates[:2] == rates[3:]
+
+
+def test_every_step_has_its_learning_rate(start, data, monkeypatch):
+    rates, original = [], net.train_step
+
+    def spy(*args):
+        rates.append(run.optimizer.param_groups[0]["lr"].item())
+        return original(*args)
+
+    monkeypatch.setattr(net, "train_step", spy)
+    run = start(data[0], "--batch-size", "16", "--epochs", "2", "--lr-decay", "0.01")
+    train(run, data[0])
+    assert rates == pytest.approx([0.001 * 0.01 ** (step / 8) for step in range(8)])
+
+
+@pytest.fixture
+def other_test_set(fashion, tmp_path):
+    """A data folder with the same training images but other test images and other labels."""
+    shutil.copytree(fashion, tmp_path / "data")
+    for file in (write_fashion(tmp_path / "other", 8, 7) / "FashionMNIST" / "raw").glob("t10k*"):
+        shutil.copy(file, tmp_path / "data" / "FashionMNIST" / "raw")
+    return tmp_path / "data"
+
+
+def test_test_set_has_no_influence_on_training(main, other_test_set):
+    ours, others = main(), main("--data-dir", other_test_set, name="other")
+    assert equal(weights(ours), weights(others))
+
+
+def test_influence_of_the_test_set_would_be_seen(main, other_test_set):
+    ours, others = main(), main("--data-dir", other_test_set, name="other")
+    assert log(ours)[0]["test_loss"] != log(others)[0]["test_loss"]
+
+
+# ---- Evaluation ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(start, data):
+    return start(data[0], "--with_reconstruction").model
+
+
+def test_evaluation_changes_no_weight(model, data):
+    before = copied(model)
+    net.evaluate(model, data[1], 16)
+    assert equal(before, model.state_dict())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_keeps_the_training_mode(model, data, training):
+    net.evaluate(model.train(training), data[1], 16)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_evaluation_is_done_in_evaluation_mode(model, data):
+    modes = []
+    model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    net.evaluate(model.train(), data[1], 40)
+    assert modes == [False]
+
+
+def test_evaluation_draws_no_random_number(model, data):
+    before = torch.get_rng_state()
+    net.evaluate(model, data[1], 16)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluation_keeps_no_graph(model, data):
+    outputs = []
+    model.register_forward_hook(lambda module, images, output: outputs.append(output))
+    net.evaluate(model, data[1], 40)
+    assert not any(tensor.requires_grad for tensor in outputs[0])
+
+
+def test_evaluation_is_in_fp32_under_autocast(model, data):
+    expected = net.evaluate(model, data[1], 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.evaluate(model, data[1], 16), expected)
+
+
+def test_autocast_would_be_seen(model, data):
+    expected = model(data[1].tensors[0] / 255).lengths
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(model(data[1].tensors[0] / 255).lengths, expected)
+
+
+def test_run_in_bf16_is_tested_in_fp32(main, data):
+    folder = main("--precision", "bf16")
+    model, _ = net.load_checkpoint(folder)
+    loss = net.averages(net.evaluate(model, data[1], 1000), "test")["test_loss"]
+    assert log(folder)[-1]["test_loss"] == loss
+
+
+def test_wrong_count_is_that_of_each_example_alone(model, data):
+    wrong = 0
+    for image, label in data[1]:
+        wrong += model(image[None] / 255).lengths.argmax().item() != label.item()
+    assert net.averages(net.evaluate(model, data[1], 7), "test")["test_wrong"] == wrong
+
+
+def test_losses_are_means_whatever_the_batch_size(model, data):
+    one, other = (net.averages(net.evaluate(model, data[1], n), "test") for n in (40, 7))
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_error_is_in_percent():
+    sums = torch.tensor([0, 0, 0, 25, 10_000], dtype=torch.float64)
+    assert net.averages(sums, "test")["test_error"] == 0.25
+
+
+# ---- A loss that is not finite ---------------------------------------------------------------
+
+
+@pytest.fixture
+def break_step(monkeypatch):
+    """Call it to make the loss of one step, counted from 0, and of all that follow, NaN."""
+
+    def break_step(step):
+        original, calls = net.train_step, iter(range(1000))
+
+        def wrapper(*args):
+            added = original(*args)
+            return added * math.nan if next(calls) >= step else added
+
+        monkeypatch.setattr(net, "train_step", wrapper)
+
+    return break_step
+
+
+@pytest.mark.parametrize("interval", [1, 3, 100])
+def test_loss_that_is_not_finite_is_reported_with_its_step_and_learning_rate(
+    main, break_step, capsys, interval
+):
+    break_step(5)
+    main("--lr-decay", "0.01", "--log-interval", interval, status=1)
+    assert f"step 5 (learning rate {0.001 * 0.01 ** (5 / 8):.3g})" in capsys.readouterr().err
+
+
+def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(main, break_step):
+    break_step(4)
+    assert log(main(status=1))[-1]["epoch"] == 1
+
+
+def test_all_in_the_last_good_checkpoint_is_finite(main, break_step):
+    break_step(4)
+    assert all(weight.isfinite().all() for weight in weights(main(status=1)).values())
+
+
+def test_exploding_run_saves_nothing(main):
+    assert not (main("--lr", "1e30", status=1) / "last.pt").exists()
+
+
+def test_exploding_run_says_that_a_lower_learning_rate_may_help(main, capsys):
+    main("--lr", "1e30", status=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a lower --lr may help" in line
