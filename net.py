@@ -548,7 +548,7 @@ def train_epoch(run, data, stop):
         if run.step % args.log_interval == 0:
             run.check_finite()
             done, loss = int(run.sums[4]), (run.sums[0] / run.sums[4]).item()
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.set_description(f"{title}  loss {loss:.4f}", refresh=False)
             bar.update(done - bar.n)
             if hidden:
                 rate = (done - bar.n) / (time.perf_counter() - started)
@@ -797,16 +797,18 @@ def build_parser():
     parser = argparse.ArgumentParser(description=text, formatter_class=form, allow_abbrev=False)
     count, whole = number(int, 1), number(int, 0, 2**63 - 1)
     weight, positive, fraction = number(float, 0), number(float, 1e-12), number(float, 1e-12, 1)
-    unset = argparse.SUPPRESS  # keeps "(default: None)" out of the help
+    no = "%(default).0s"  # in a help text, keeps "(default: None)" out of it
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=("capsnet", "baseline"), default="capsnet", help="or the CNN of Table 1")
+    text = "the paper's network, or the CNN that it is compared with in Table 1"
+    add("--model", choices=("capsnet", "baseline"), default="capsnet", help=text)
     r, with_ = ("--routing_iterations", "--with_reconstruction")
-    text = "1 couples every capsule to all above alike"
+    text = "3 in the paper; 1 couples every capsule to all above alike"
     add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help=text)
     text = "add the decoder and its loss, as in the paper's best result"
     add(with_, with_.replace("_", "-"), action="store_true", help=text)
-    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help="of its loss")
+    text = "factor of the decoder's loss in the total"
+    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help=text)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
@@ -819,13 +821,13 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="MNIST", help="fetched if it is not there")
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    add("--validation", type=whole, default=0, metavar="N", help="test on N training images")
+    add("--validation", type=whole, default=0, metavar="N", help="hold out N training images")
 
     add = parser.add_argument_group("run").add_argument
-    add("--output-dir", default=unset, metavar="DIR", help="run folder; else one in runs/")
-    add("--resume", default=unset, metavar="RUN", help="go on with the run in this folder")
-    add("--evaluate", default=unset, metavar="FILE", help="test this checkpoint and end")
-    add("--predict", nargs="+", default=unset, metavar="IMAGE", help="classify, with --evaluate")
+    add("--output-dir", metavar="DIR", help="run folder, else one in runs/" + no)
+    add("--resume", metavar="RUN", help="go on with the run in this folder" + no)
+    add("--evaluate", metavar="FILE", help="test this checkpoint and end" + no)
+    add("--predict", nargs="+", metavar="IMAGE", help="classify, with --evaluate" + no)
     add("--log-interval", type=count, default=10, metavar="N", help="steps from report to report")
 
     add = parser.add_argument_group("speed").add_argument
@@ -834,7 +836,6 @@ def build_parser():
     text = "of training; auto is bf16 where the hardware multiplies in it; tests are in fp32"
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
     add("--compile", action="store_true", help="compile the training step (needs a C++ compiler)")
-    parser.set_defaults(output_dir=None, resume=None, evaluate=None, predict=None)
     return parser
 
 

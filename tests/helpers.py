@@ -20,7 +20,7 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 def relative_error(a, b):
     """max|a - b| / max|b|, in double precision."""
-    a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (a, b))
     assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
     return ((a - b).abs().max() / b.abs().max()).item()
 

@@ -104,8 +104,9 @@ def test_matrix_takes_its_child_to_its_parent():
 
 
 def test_lengths_equal_those_that_the_oracle_routes():
-    model = tiny().double()
-    images = tiny_images().double()
+    model, images = tiny().double(), tiny_images().double()
+    with torch.no_grad():
+        model.digit_caps.weight *= 20  # long enough for each iteration to matter
     weight = model.digit_caps.weight.tolist()
     capsules = [reference.routing(u, weight, 3)[0] for u in model.primary(images).tolist()]
     expected = [[math.sqrt(reference.dot(v, v)) for v in example] for example in capsules]
