@@ -62,6 +62,23 @@ def test_proof_that_the_readme_names_exists(name):
     assert any(f"def {name}(" in file.read_text() for file in files)
 
 
+def test_readme_names_every_flag():
+    flags = {flag for action in net.build_parser()._actions for flag in action.option_strings}
+    hyphenated = {
+        "--routing-iterations",
+        "--with-reconstruction",
+        "-h",
+    }  # "also spelt with hyphens"
+    assert {flag for flag in flags - hyphenated if f"`{flag}" not in README + "`--help"} == set()
+
+
+def test_readme_names_every_key_of_the_log():
+    parts = (*net.SUMS[:3], "error", "wrong")
+    keys = [f"{name}_{part}" for name in ("train", "test") for part in parts]
+    keys += ["epoch", "step", "lr", "seconds", "images_per_second"]
+    assert [key for key in keys if f"`{key}`" not in README] == []
+
+
 def test_importing_net_has_no_side_effects():
     code = (
         "import random, signal, torch; numbers = torch.get_rng_state(), random.getstate(); "
