@@ -1,9 +1,12 @@
 """Fixtures that several tests share."""
 
 import pytest
+import torch
 from helpers import TINY, write_fashion
 
 import net
+
+torch.set_num_threads(1)  # more threads wait for each other where cores are busy
 
 
 @pytest.fixture(scope="session")
