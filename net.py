@@ -815,7 +815,7 @@ def build_parser():
     add("--epochs", type=count, default=250, metavar="N", help="passes over the training set")
     add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
     text = "factor that the learning rate reaches, exponentially, at the end of the run"
-    add("--lr-decay", type=fraction, default=0.005, metavar="D", help=text)
+    add("--lr-decay", type=fraction, default=0.05, metavar="D", help=text)
     add("--seed", type=whole, default=1, metavar="S", help="of everything that is drawn at random")
 
     add = parser.add_argument_group("data").add_argument

@@ -15,7 +15,6 @@ from torch import nn
 
 import net
 
-torch.set_num_threads(1)  # for tiny layers the fastest
 
 FLAGS = {
     # the nine flags of the earlier PyTorch implementation, and hyphens for two of them
