@@ -24,7 +24,6 @@ import net
 
 FLAGS = ("--dataset", "FashionMNIST", "--precision", "fp32", "--with_reconstruction")
 TIMES = {"seconds", "images_per_second"}
-torch.set_num_threads(1)  # as in start_net's children; for tiny layers also faster
 
 
 def main(*args):

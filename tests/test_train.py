@@ -11,7 +11,6 @@ from torch.utils.data import TensorDataset
 
 import net
 
-torch.set_num_threads(1)  # for tiny layers the fastest
 NEVER = SimpleNamespace(signal=0, agreed=lambda: 0)  # a Stop without a signal
 
 
