@@ -110,8 +110,8 @@ def test_signal_to_one_process_stops_both_and_one_process_resumes(fashion, tmp_p
     assert finish(processes)[0] == [143, 143]
     before = torch.load(tmp_path / "last.pt")["step"]
     resumed = start_net("--resume", tmp_path, "--data-dir", fashion)
-    resumed.stdout.readline()
-    time.sleep(3)
+    while not resumed.stdout.readline().startswith("epoch"):
+        assert resumed.poll() is None
     resumed.send_signal(signal.SIGTERM)
     assert finish([resumed])[0] == [143]
     assert torch.load(tmp_path / "last.pt")["step"] > before
