@@ -609,11 +609,10 @@ class Stop:
 
     def agreed(self):
         """The signal that came to any of the processes, which must all ask, or 0."""
+        signals = torch.tensor(self.signal)
         if dist.is_initialized():
-            signals = torch.tensor(self.signal)
             dist.all_reduce(signals, dist.ReduceOp.MAX)
-            self.signal = int(signals)
-        return self.signal
+        return int(signals)
 
     def __exit__(self, *_):
         for number, handler in self.before:

@@ -57,6 +57,16 @@ def test_two_processes_train_as_one_does(tmp_path, batch_size):
         assert relative_error(torch.load(tmp_path / f"result{rank}"), alone) < 1e-9
 
 
+def test_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
+    stop = net.Stop()
+    stop.signal = 0
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda *_: stop.signal or stop.note(signal.SIGTERM, None)
+    )
+    assert [stop.agreed(), stop.agreed()] == [0, signal.SIGTERM]
+
+
 def start_two(*arguments, **kwargs):
     """The two processes that torchrun would start."""
     with socket.socket() as free:
