@@ -1,22 +1,22 @@
 """Time and memory of training and testing, beside a plain version of the same network.
 
-    python tests/benchmark.py                    the table of README, on MNIST in data/
-    python tests/benchmark.py --rounds 3 --json results/benchmark.json
+    python tests/benchmark.py                                  on MNIST in data/
+    python tests/benchmark.py --rounds 9 --json FILE           longer, results kept
 
 The plain version is what most implementations do, done with care: float32, eager, NCHW, every
 u_hat made and kept (by one batched product, without copies of W), Adam as it comes, and a
-DataLoader that shifts PIL images one by one. All contestants take turns in one process, so that
-a noisy machine disturbs all alike; the medians' ratios count. The clock covers the whole training
-loop (data, forward, backward, Adam) but for compilation, the first round and loading the files.
+DataLoader that shifts PIL images one by one. Every contestant has a process of its own, and they
+take turns, one at a time, so that a noisy machine disturbs all alike; the medians' ratios count.
+The clock covers the whole training loop (data, forward, backward, Adam) but for the loading of the
+files and the first round, which holds the compilation.
 """
 
 import argparse
 import contextlib
-import io
 import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -51,9 +51,9 @@ class Ours:
     """net.py's own training loop."""
 
     def __init__(self, device, data, batch, r, precision, compile):
-        arguments = dict(lr=1e-3, lr_decay=0.005, epochs=1, seed=1, log_interval=10**9)
+        net.keep_freed_memory()
+        arguments = dict(lr=1e-3, lr_decay=0.05, epochs=1, seed=1, log_interval=10**9)
         options = dict(batch_size=batch, precision=precision, compile=compile)
-        torch.manual_seed(1)
         model = net.CapsNet(routing_iterations=r, with_reconstruction=True).to(device)
         self.data = TensorDataset(*(tensor.to(device) for tensor in data.tensors))
         steps = -(-len(data) // batch)
@@ -61,8 +61,7 @@ class Ours:
 
     def train(self):
         self.run.step = 0
-        with contextlib.redirect_stdout(io.StringIO()):
-            net.train_epoch(self.run, self.data, NEVER)
+        net.train_epoch(self.run, self.data, NEVER)
 
     def test(self):
         net.evaluate(self.run.model, self.data, 1000).tolist()
@@ -77,23 +76,15 @@ class Plain:
     """The plain version."""
 
     def __init__(self, device, data, batch, r, folder, workers=0):
-        torch.manual_seed(1)
         self.device = device
         self.model = net.CapsNet(routing_iterations=r, with_reconstruction=True)
-        digits = self.model.digit_caps
-        digits.__class__ = PlainDigitCaps
-        self.model = self.model.to(device).to(memory_format=torch.contiguous_format)
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.to(memory_format=torch.contiguous_format)
+        self.model.digit_caps.__class__ = PlainDigitCaps
+        self.model.to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-        shift = transforms.Compose(
-            [transforms.Pad(2), transforms.RandomCrop(28), transforms.ToTensor()]
-        )
-        images = torchvision.datasets.MNIST(folder, train=True, transform=shift)
-        self.loader = DataLoader(
-            Subset(images, range(len(data))), batch, shuffle=True, num_workers=workers
-        )
+        steps = [transforms.Pad(2), transforms.RandomCrop(28), transforms.ToTensor()]
+        shifted = torchvision.datasets.MNIST(folder, transform=transforms.Compose(steps))
+        part = Subset(shifted, range(len(data)))
+        self.loader = DataLoader(part, batch, shuffle=True, num_workers=workers)
         self.data = TensorDataset(*(tensor.to(device) for tensor in data.tensors))
 
     def train(self):
@@ -116,50 +107,62 @@ class Plain:
 
 def make(name, device, data, batch, r, folder):
     """The contestant of this name."""
+    torch.manual_seed(1)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = "TF32" in name
     if name.startswith("plain"):
         return Plain(device, data, batch, r, folder, workers=8 if "workers" in name else 0)
     return Ours(device, data, batch, r, name.split()[0], "compile" in name)
 
 
-def seconds(action, device):
-    """How long an action takes, the device's work included."""
-    started = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def serve(pipe, name, device, count, batch, r, folder):
+    """In a process of its own: do what the pipe says, answer with (seconds, MiB at the peak)."""
+    data = TensorDataset(*net.load_data("MNIST", folder, train=True)[:count])
+    contestant = make(name, device, data, batch, r, folder)
+    while action := pipe.recv():
+        started = time.perf_counter()
+        getattr(contestant, action)()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = torch.cuda.max_memory_allocated() // 1024 if device.type == "cuda" else kib
+        pipe.send((seconds, peak // 1024))
 
 
-def race(contestants, what, rounds, device):
-    """Median seconds of each contestant's `what`, taking turns; a first round is not counted."""
+class Contestant:
+    """A process that trains or tests when told, and else does nothing."""
+
+    def __init__(self, *description):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, *description))
+        self.process.start()
+        theirs.close()
+
+    def do(self, action):
+        """(seconds, MiB at the peak so far)."""
+        self.pipe.send(action)
+        return self.pipe.recv()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pipe.send(None)
+        self.process.join()
+
+
+def race(contestants, action, rounds):
+    """{name: [seconds, ...]} of contestants that take turns; the first is the warm-up."""
     times = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, contestant in contestants.items():
-            times[name].append(seconds(getattr(contestant, what), device))
-    firsts = {name: taken[0] for name, taken in times.items()}
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}, firsts
-
-
-def peak_memory(arguments, name, what, batch, r):
-    """MiB that a fresh process needs at its peak: of the GPU's memory, or all of its own."""
-    command = [sys.executable, __file__, "--peak-of", name, what, str(batch), str(r)]
-    command += ["--data-dir", arguments.data_dir] + ["--no-cuda"] * arguments.no_cuda
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def print_peak(name, what, batch, r, data, device, folder):
-    """What peak_memory asks its child for."""
-    data = TensorDataset(*data[:1000] if what == "test" else data[: 4 * int(batch)])
-    contestant = make(name, device, data, int(batch), int(r), folder)
-    getattr(contestant, what)()
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() // 2**20)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            times[name].append(contestant.do(action)[0])
+    return times
 
 
 def table(rows):
-    """The results as Markdown, each beside the plain version of its group."""
+    """The results as Markdown, each beside the first, the plain version."""
     lines = ["| what | batch | r | version | ms | times plain | first ms |", "|" + "---|" * 7]
     for row in rows:
         lines.append(
@@ -179,38 +182,42 @@ def main():
     parser.add_argument("--names", nargs="+", help="which versions (all without it)")
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--json", help="file for the results")
-    parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     cuda = torch.cuda.is_available() and not args.no_cuda
     device = torch.device("cuda" if cuda else "cpu")
-    torch.backends.cudnn.allow_tf32 = False
-    data = net.load_data("MNIST", args.data_dir, train=True)
-    if args.peak_of:
-        return print_peak(*args.peak_of, data, device, args.data_dir)
-    names = ["plain", "fp32", "bf16", "fp32 compile", "bf16 compile"]
-    names = args.names or names + ["plain, 8 workers"] * cuda
+    net.load_data("MNIST", args.data_dir, train=True)  # fetched once, before all
+    names = ["plain"] + ["plain, 8 workers", "plain, TF32, 8 workers"] * cuda
+    for precision in ["fp32"] + ["bf16"] * net.has_bf16(device):
+        names += [precision, f"{precision} compile"]
+    names = args.names or names
     rows, peaks = [], []
     for batch in args.batches:
-        for r in args.r:
-            part = TensorDataset(*data[: args.steps * batch])
-            racers = {name: make(name, device, part, batch, r, args.data_dir) for name in names}
-            for what in ("train", "test", "load"):
-                medians, firsts = race(racers, what, args.rounds, device)
-                unit = 1000 / (1 if what == "test" else args.steps)
-                rows += [
-                    dict(what=what, batch=batch, r=r, name=name, ms=median * unit)
-                    | dict(ratio=medians[names[0]] / median, first_ms=firsts[name] * 1000)
-                    for name, median in medians.items()
+        racers = {}
+        with contextlib.ExitStack() as stack:
+            for r in args.r:
+                for name in names:
+                    what = (name, device, args.steps * batch, batch, r, args.data_dir)
+                    racers[r, name] = stack.enter_context(Contestant(*what))
+            for action in ("train", "test", "load"):
+                times = race(racers, action, args.rounds)
+                unit = 1000 / (1 if action == "test" else args.steps)
+                medians = {key: statistics.median(taken[1:]) for key, taken in times.items()}
+                new = [
+                    dict(what=action, batch=batch, r=r, name=name, ms=median * unit)
+                    | dict(ratio=medians[r, names[0]] / median, first_ms=times[r, name][0] * 1000)
+                    | dict(all_ms=[round(taken * unit, 1) for taken in times[r, name][1:]])
+                    for (r, name), median in medians.items()
                 ]
-                print(table(rows[-len(names) :]), flush=True)
-    for what, batch in (("train", 128), ("test", 1000)):
+                print(table(new), flush=True)
+                rows += new
+    for action, batch, count in (("train", 128, 512), ("test", 1000, 1000)):
         for name in names:
-            peak = peak_memory(args, name, what, batch, 3)
-            peaks.append(dict(what=what, batch=batch, name=name, mib=peak))
-            print(f"peak memory  {what}  batch {batch}  {name}  {peak} MiB", flush=True)
+            with Contestant(name, device, count, batch, 3, args.data_dir) as contestant:
+                peak = contestant.do(action)[1]
+            peaks.append(dict(what=action, batch=batch, r=3, name=name, mib=peak))
+            print(f"peak memory  {action}  batch {batch}  {name}  {peak} MiB", flush=True)
     found = {**net.environment(device), "rounds": args.rounds, "steps": args.steps}
     found |= {"times": rows, "peaks": peaks}
-    print("\n" + table(rows) + "\n\n" + json.dumps(found))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 
