@@ -25,6 +25,7 @@ In the mathematics the names are the paper's: u, W, u_hat, b, c, s, v.
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import gzip
@@ -840,9 +841,8 @@ def build_parser():
 
 
 def parse_args(argv):
-    """(args, model, checkpoint); the last two are None but with --resume or --evaluate, where the
-    checkpoint's arguments become the defaults and what contradicts them is an error.
-    """
+    """(args, model, checkpoint). Of --resume and --evaluate, the checkpoint's arguments become the
+    defaults, and what contradicts them is an error; else model and checkpoint are None."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.predict and not args.evaluate:
@@ -921,6 +921,7 @@ def start(args, model, checkpoint):
     if "LOCAL_RANK" in os.environ:  # one of torchrun's processes; the first alone prints and saves
         torch.cuda.set_device(device) if cuda else None
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if process()[0] else sys.stdout  # noqa: SIM115
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.backends.cudnn.deterministic = True
