@@ -707,8 +707,8 @@ class Run:
         self.learning_rate = partial(learning_rate, **schedule)
         self.objective = Objective(model, args.precision)
         if args.compile:
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self.objective.compile(dynamic=False, mode=mode)
+            how = {"triton.cudagraphs": self.device.type == "cuda", "layout_optimization": False}
+            self.objective.compile(dynamic=False, options=how)
         if dist.is_initialized():
             self.objective = nn.parallel.DistributedDataParallel(self.objective)
 

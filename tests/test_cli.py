@@ -346,6 +346,16 @@ def test_compile_compiles_the_training_step(train, monkeypatch):
     assert compiled
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_compiled_training_learns_what_eager_training_learns(train):
+    flags = ("--batch-size", 24, "--precision", "fp32")  # 64 images: the last batch is of 16
+    eager, compiled = (
+        log(train(*flags, *more, name=str(more)))[0] for more in ((), ("--compile",))
+    )
+    for key in ("train_loss", "train_wrong", "test_loss", "test_wrong"):
+        assert compiled[key] == pytest.approx(eager[key], rel=1e-5)
+
+
 # ---- Resume and evaluate ---------------------------------------------------------------------
 
 
