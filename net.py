@@ -940,11 +940,10 @@ def start(args, model, checkpoint):
         raise Failure(f"{folder} holds a run. Go on with it: {again}, or choose an --output-dir")
     if args.compile and not args.evaluate and not shutil.which(os.environ.get("CXX", "g++")):
         raise Failure("--compile needs a C++ compiler: install g++, or name yours in CXX")
-    rank, world = process()
-    if rank:
+    if process()[0]:
         dist.barrier()  # the first process fetches the data
     splits = load_splits(args.dataset, args.data_dir, args.validation)
-    if world > 1 and not rank:
+    if dist.is_initialized() and not process()[0]:
         dist.barrier()
     data, test = (TensorDataset(*(part.to(device) for part in split.tensors)) for split in splits)
     if model is None:
