@@ -25,7 +25,6 @@ In the mathematics the names are the paper's: u, W, u_hat, b, c, s, v.
 """
 
 import argparse
-import atexit
 import contextlib
 import ctypes
 import gzip
@@ -114,7 +113,7 @@ def margin_loss(lengths, labels):
     """
     present = F.one_hot(labels, lengths.shape[1])  # (B, J)
     L = present * F.relu(0.9 - lengths) ** 2 + 0.5 * (1 - present) * F.relu(lengths - 0.1) ** 2
-    return L.sum() / max(len(lengths), 1)  # CHOICE 6
+    return L.sum() / max(len(lengths), 1)  # a process may have no images  CHOICE 6
 
 
 # ---- Capsule layers (Sec. 4) -----------------------------------------------------------------
@@ -531,13 +530,11 @@ def train_epoch(run, data, stop):
     order, shifts = (x.to(run.device) for x in draw_epoch(len(data), args.seed, run.epoch))
     first = run.step - run.epoch * run.steps_per_epoch
     options = dict(total=len(data), initial=first * args.batch_size, unit=" images", leave=False)
-    hidden = not sys.stdout.isatty()
-    bar = tqdm(desc=title, file=sys.stdout, disable=hidden, dynamic_ncols=True, **options)
-    run.model.train()
+    bar = tqdm(desc=title, file=sys.stdout, disable=None, dynamic_ncols=True, **options)
     started = time.perf_counter()
     for images, labels in batches(data, args.batch_size, order, shifts, first):
         run.lr.fill_(run.learning_rate(run.step))
-        torch.manual_seed(seed_from(args.seed, "step", run.step))  # for dropout
+        torch.manual_seed(seed_from(args.seed, "step", run.step) + process()[0])  # for dropout
         run.sums += train_step(run.objective, run.optimizer, images, labels)
         run.bad_steps += ~run.sums[0].isfinite()
         run.step += 1
@@ -546,7 +543,7 @@ def train_epoch(run, data, stop):
             done, loss = int(run.sums[4]), (run.sums[0] / run.sums[4]).item()
             bar.set_description(f"{title}  loss {loss:.4f}", refresh=False)
             bar.update(done - bar.n)
-            if hidden:
+            if bar.disable:  # the output is no terminal
                 rate = (done - bar.n) / (time.perf_counter() - started)
                 left = tqdm.format_interval((len(data) - done) / rate)
                 progress = f"{done}/{len(data)} images, {rate:.0f} images/s, {left} left"
@@ -581,8 +578,10 @@ def train(run, data, test, stop):
     saved_at, save_took, stopped = -math.inf, 0, 0
     while run.epoch < args.epochs and not stopped:
         train_epoch(run, data, stop)
-        tested = evaluate(run.model, test, args.test_batch_size, stop)
         if not (stopped := stop.agreed()):
+            tested = evaluate(run.model, test, args.test_batch_size, stop)
+            stopped = stop.agreed()
+        if not stopped:
             run.finish_epoch(averages(run.sums, "train"), averages(tested, name))
             print(epoch_line(run.history[-1], args.epochs, name), flush=True)
         now = time.perf_counter()
@@ -622,12 +621,13 @@ class Stop:
 
 def keep_freed_memory():
     """Have the C library reuse large tensors' memory; returned, it costs a quarter of a step."""
-    with contextlib.suppress(Exception):  # glibc alone has these options
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+    with contextlib.suppress(Exception):  # glibc alone has mallopt
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        if mallopt(mmap_threshold, 2**31 - 1) or mallopt(mmap_threshold, 2**25):  # older ones
+            mallopt(trim_threshold, 2**31 - 1)
 
 
-CPU = getattr(torch.cpu, "get_capabilities", dict)()  # its name and features; torch 2.15 and later
+CPU = getattr(torch.cpu, "get_capabilities", dict)()  # its name and features, if torch tells
 
 
 def has_bf16(device):
@@ -707,7 +707,8 @@ class Run:
         self.learning_rate = partial(learning_rate, **schedule)
         self.objective = Objective(model, args.precision)
         if args.compile:
-            how = {"triton.cudagraphs": self.device.type == "cuda", "layout_optimization": False}
+            graphs = self.device.type == "cuda" and not dist.is_initialized()
+            how = {"triton.cudagraphs": graphs, "layout_optimization": False}
             self.objective.compile(dynamic=False, options=how)
         if dist.is_initialized():
             self.objective = nn.parallel.DistributedDataParallel(self.objective)
@@ -766,7 +767,7 @@ class Run:
 
 
 def save_pretrained(run, file, data_dir="data"):
-    """Keep a run's weights in half precision, their origin, and their error, measured again."""
+    """Keep a run folder's weights in half precision, their origin and error, measured again."""
     model, checkpoint = load_checkpoint(run)
     args = argparse.Namespace(**checkpoint["args"])
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
@@ -802,19 +803,15 @@ def build_parser():
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=("capsnet", "baseline"), default="capsnet", help="or Table 1's CNN")
     r, with_ = ("--routing_iterations", "--with_reconstruction")
-    text = "3 in the paper; 1 couples every capsule to all above alike"
-    add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help=text)
-    text = "add the decoder and its loss, as in the paper's best result"
-    add(with_, with_.replace("_", "-"), action="store_true", help=text)
-    text = "factor of the decoder's loss in the total"
-    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help=text)
+    add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help="of Procedure 1")
+    add(with_, with_.replace("_", "-"), action="store_true", help="add the decoder and its loss")
+    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help="of that loss")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
     add("--epochs", type=count, default=250, metavar="N", help="passes over the training set")
     add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
-    text = "factor that the learning rate reaches, exponentially, at the end of the run"
-    add("--lr-decay", type=fraction, default=0.05, metavar="D", help=text)
+    add("--lr-decay", type=fraction, default=0.05, metavar="D", help="factor of LR at the end")
     add("--seed", type=whole, default=1, metavar="S", help="of everything that is drawn at random")
 
     add = parser.add_argument_group("data").add_argument
@@ -841,8 +838,7 @@ def build_parser():
 
 
 def parse_args(argv):
-    """(args, model, checkpoint). Of --resume and --evaluate, the checkpoint's arguments become the
-    defaults, and what contradicts them is an error; else model and checkpoint are None."""
+    """(args, model, checkpoint); of a checkpoint, its arguments, and an error if contradicted."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.predict and not args.evaluate:
@@ -857,9 +853,9 @@ def parse_args(argv):
         raise Failure(f"{source} is a pretrained file; a run is resumed from its last.pt")
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    complete = checkpoint["epoch"] == saved["epochs"] <= args.epochs
+    done = checkpoint["epoch"] == saved["epochs"] <= args.epochs
     free = {"test_batch_size", "log_interval"}
-    free.add("routing_iterations" if args.evaluate else "epochs" * complete)
+    free.add("routing_iterations" if args.evaluate else "epochs" * done)
     for name in saved.keys() - free:
         if (given := getattr(args, name)) != saved[name]:
             parser.error(f"{source} has {name} {saved[name]}; that cannot become {given}")
@@ -921,10 +917,7 @@ def start(args, model, checkpoint):
     if "LOCAL_RANK" in os.environ:  # one of torchrun's processes; the first alone prints and saves
         torch.cuda.set_device(device) if cuda else None
         dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if process()[0] else sys.stdout  # noqa: SIM115
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    torch.backends.cudnn.deterministic = True
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(device) else "fp32"
     name = "valid" if args.validation else "test"
@@ -948,7 +941,7 @@ def start(args, model, checkpoint):
     data, test = (TensorDataset(*(part.to(device) for part in split.tensors)) for split in splits)
     if model is None:
         args.in_channels, args.image_size = data.tensors[0].shape[1:3]
-        args.num_classes = int(data.tensors[1].max()) + 1
+        args.num_classes = max(int(part.tensors[1].max()) for part in (data, test)) + 1
         torch.manual_seed(args.seed)
         model = make_model(args)
     model = model.to(device)
@@ -969,6 +962,8 @@ def start(args, model, checkpoint):
     run.open()
     with Stop() as stop:
         stopped = train(run, data, test, stop)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if stopped:
         print(f"stopped and saved; go on with: {command(args, '--resume', folder)}")
         return 128 + stopped
@@ -979,19 +974,24 @@ def start(args, model, checkpoint):
 def main(argv=None):
     """The command line's entry. Returns the exit status."""
     keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    torch.backends.cudnn.deterministic = True
     try:
         args, *loaded = parse_args(argv)
         return start(args, *loaded)
     except Failure as failure:
         reason = failure
     except (MemoryError, RuntimeError) as error:
-        if not any(sign in repr(error) for sign in ("MemoryError", "out of memory", "alloc")):
+        signs = ("MemoryError", "out of memory", "CPUAllocator", "bad_alloc")
+        if not any(sign in repr(error) for sign in signs):
             raise
         sizes = f"--batch-size {args.batch_size} and --test-batch-size {args.test_batch_size}"
         reason = f"out of memory with {sizes}: lower the one, or both"
     except KeyboardInterrupt:
         return 130
-    print("net.py:", *str(reason).split(), file=sys.stderr)
+    print("net.py:", *str(reason).split(), file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(1)  # the other processes wait in vain, and a proper end would wait for them
     return 1
 
 

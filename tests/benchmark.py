@@ -109,6 +109,7 @@ def make(name, device, data, batch, r, folder):
     """The contestant of this name."""
     torch.manual_seed(1)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = "TF32" in name
+    torch.backends.cudnn.deterministic = not name.startswith("plain")  # as net.py has it
     if name.startswith("plain"):
         return Plain(device, data, batch, r, folder, workers=8 if "workers" in name else 0)
     return Ours(device, data, batch, r, name.split()[0], "compile" in name)

@@ -125,3 +125,10 @@ def test_signal_to_one_process_stops_both_and_one_process_resumes(fashion, tmp_p
     resumed.send_signal(signal.SIGTERM)
     assert finish([resumed])[0] == [143]
     assert torch.load(tmp_path / "last.pt")["step"] > before
+
+
+def test_failure_of_one_process_ends_both(fashion, tmp_path):
+    (tmp_path / "args.json").mkdir()  # the first process, which writes, cannot
+    processes = start_two(*ARGUMENTS, "--data-dir", fashion, "--output-dir", tmp_path)
+    statuses, _ = finish(processes)
+    assert statuses[0] == 1 and statuses[1] != 0

@@ -19,7 +19,7 @@ BATCH = 24  # of 64 images: the last batch has 16
 @pytest.fixture(autouse=True)
 def exact(small):
     """CapsNets are tiny, and their convolutions are in float32, as net.py has them."""
-    with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
         yield
 
 
