@@ -801,7 +801,8 @@ def build_parser():
     no = "%(default).0s"  # in a help text, keeps "(default: None)" out of it
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=("capsnet", "baseline"), default="capsnet", help="or Table 1's CNN")
+    text = "the paper's network, or the CNN that it is compared with in Table 1"
+    add("--model", choices=("capsnet", "baseline"), default="capsnet", help=text)
     r, with_ = ("--routing_iterations", "--with_reconstruction")
     add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help="of Procedure 1")
     add(with_, with_.replace("_", "-"), action="store_true", help="add the decoder and its loss")
@@ -811,7 +812,7 @@ def build_parser():
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
     add("--epochs", type=count, default=250, metavar="N", help="passes over the training set")
     add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
-    add("--lr-decay", type=fraction, default=0.05, metavar="D", help="factor of LR at the end")
+    add("--lr-decay", type=fraction, default=0.05, metavar="D", help="part of LR left at the end")
     add("--seed", type=whole, default=1, metavar="S", help="of everything that is drawn at random")
 
     add = parser.add_argument_group("data").add_argument
