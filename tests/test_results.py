@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shlex
 import statistics
@@ -16,7 +17,7 @@ RESULTS = REPOSITORY / "results"
 README = (REPOSITORY / "README.md").read_text()
 LIST = (RESULTS / "README.md").read_text()
 # What may differ between the trials of a row.
-FREE = {"seed", "log_interval", "test_batch_size", "precision", *net.PLACES}
+FREE = {"seed", "log_interval", "test_batch_size", "precision", "compile", "epochs", *net.PLACES}
 
 
 def cells(line):
@@ -36,15 +37,26 @@ SECTION = README.split("## Results\n")[1].split("\n## ")[0]
 ROWS = [cells(line) for line in SECTION.splitlines() if "`python net.py" in line]
 
 
+def lengths(args, history):
+    """The numbers of epochs that a run was started for: more than one if it was lengthened."""
+    found = []
+    for entry in history:
+        done = math.log(entry["lr"] / args["lr"]) / math.log(args["lr_decay"])  # of the schedule
+        found.append(round((entry["step"] - 1) / entry["step"] * entry["epoch"] / done))
+    return list(dict.fromkeys(found))
+
+
 def trials(row):
-    """The complete runs that are trials of a row of README's table: what its command makes."""
-    command = next(cell for cell in row if "python net.py" in cell).strip("`")
-    wanted = vars(net.build_parser().parse_args(shlex.split(command)[2:]))
+    """The complete runs that are trials of a row of README's table: what its commands make."""
+    first, *later = re.findall("`([^`]+)`", next(cell for cell in row if "python net.py" in cell))
+    wanted = vars(net.build_parser().parse_args(shlex.split(first)[2:]))
+    epochs = [wanted["epochs"], *(int(command.split("--epochs ")[1]) for command in later)]
     return {
-        name: run
-        for name, run in RUNS.items()
-        if len(run[2]) == run[0]["epochs"]
-        and all(run[0].get(key, value) == value for key, value in wanted.items() if key not in FREE)
+        name: (args, starts, history)
+        for name, (args, starts, history) in RUNS.items()
+        if len(history) == args["epochs"]
+        and lengths(args, history) == epochs
+        and all(args.get(key, value) == value for key, value in wanted.items() if key not in FREE)
     }
 
 
