@@ -1,4 +1,4 @@
-"""Dynamic Routing Between Capsules: the whole paper in one file.
+"""Dynamic Routing Between Capsules: the paper's CapsNet in one file.
 
 Sara Sabour, Nicholas Frosst, Geoffrey E. Hinton, NIPS 2017, https://arxiv.org/abs/1710.09829
 
@@ -113,7 +113,7 @@ def margin_loss(lengths, labels):
     """
     present = F.one_hot(labels, lengths.shape[1])  # (B, J)
     L = present * F.relu(0.9 - lengths) ** 2 + 0.5 * (1 - present) * F.relu(lengths - 0.1) ** 2
-    return L.sum() / max(len(lengths), 1)  # a process may have no images  CHOICE 6
+    return L.sum() / max(len(lengths), 1)  # CHOICE 6  (one of several processes may have none)
 
 
 # ---- Capsule layers (Sec. 4) -----------------------------------------------------------------
@@ -248,8 +248,8 @@ class CapsNet(nn.Module):
     def losses(self, output, images, labels):
         """(3,): total, margin and reconstruction loss (Secs. 3 and 4.1)."""
         margin = margin_loss(output.lengths, labels)
-        drawn = images if output.reconstruction is None else output.reconstruction
-        reconstruction = reconstruction_loss(images, drawn)
+        drawn = output.reconstruction
+        reconstruction = 0 * margin if drawn is None else reconstruction_loss(images, drawn)
         total = margin + self.reconstruction_weight * reconstruction
         return torch.stack([total, margin, reconstruction])
 
@@ -373,16 +373,16 @@ def fetch_mnist(raw):
             return
         except Exception as error:
             reasons.append(f"{source.__doc__}: {error}")
-    raise Failure(f"{'; '.join(reasons)}. Put {', '.join(MNIST_SHA256)} into {raw}/")
+    raise Failure(f"{'; '.join(reasons)}; its files are {', '.join(MNIST_SHA256)}")
 
 
 def load_data(name, data_dir, train):
     """A data set's images (N, C, H, W) uint8 and labels (N,) int64, fetched if need be."""
     raw = Path(data_dir) / name / "raw"
     socket.setdefaulttimeout(20)  # seconds; torchvision sets none
-    if name == "MNIST":
-        fetch_mnist(raw)
     try:
+        if name == "MNIST":
+            fetch_mnist(raw)
         for file in raw.glob("train-*-ubyte" if train else "t10k-*-ubyte"):
             content = file.read_bytes()
             ndim = int.from_bytes(content[3:4])
@@ -448,10 +448,11 @@ def read_image(file, channels, size):
     """
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
+            image = ImageOps.exif_transpose(opened)
+            image = image.point(lambda p: p / 257) if "16" in image.mode else image
     except Exception as error:
         raise Failure(f"{file} cannot be read as an image: {error}") from error
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     if channels == 3:
         return to_tensor(image.convert("RGB").resize((size, size))).unsqueeze(0)
     grey = pil_to_tensor(image.convert("L"))[0].int()  # (height, width)
@@ -557,7 +558,7 @@ def train_epoch(run, data, stop):
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, stop=None):
-    """The SUMS (5,) on a data set, always in float32; of no use if `stop` has a signal."""
+    """The SUMS (5,) on a data set, always in float32; incomplete if `stop` has a signal."""
     rank, world = process()
     was_training = model.training
     model.eval()
@@ -620,7 +621,7 @@ class Stop:
 
 
 def keep_freed_memory():
-    """Have the C library reuse large tensors' memory; returned, it costs a quarter of a step."""
+    """Have the C library keep large tensors' memory: giving it back takes a quarter of a step."""
     with contextlib.suppress(Exception):  # glibc alone has mallopt
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         if mallopt(mmap_threshold, 2**31 - 1) or mallopt(mmap_threshold, 2**25):  # older ones
@@ -707,6 +708,8 @@ class Run:
         self.learning_rate = partial(learning_rate, **schedule)
         self.objective = Objective(model, args.precision)
         if args.compile:
+            if not shutil.which(os.environ.get("CXX", "g++")):
+                raise Failure("--compile needs a C++ compiler: install g++, or name yours in CXX")
             graphs = self.device.type == "cuda" and not dist.is_initialized()
             how = {"triton.cudagraphs": graphs, "layout_optimization": False}
             self.objective.compile(dynamic=False, options=how)
@@ -757,11 +760,9 @@ class Run:
     def save(self):
         """Write last.pt, then log.jsonl, each whole or not at all. Raises Failure."""
         checkpoint = {name: getattr(self, name) for name in ("epoch", "step", "history")}
-        checkpoint["model"] = self.model.state_dict()
-        checkpoint["optimizer"] = self.optimizer.state_dict()
+        checkpoint |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
         checkpoint["totals"] = dict(zip(TOTALS, [*self.sums.tolist(), self.seconds], strict=True))
-        checkpoint["args"] = self.saved_args()
-        checkpoint["versions"] = self.environment["versions"]
+        checkpoint |= {"args": self.saved_args(), "versions": self.environment["versions"]}
         save_checkpoint(checkpoint, self.folder / "last.pt")
         self.write_log()
 
@@ -804,16 +805,16 @@ def build_parser():
     text = "the paper's network, or the CNN that it is compared with in Table 1"
     add("--model", choices=("capsnet", "baseline"), default="capsnet", help=text)
     r, with_ = ("--routing_iterations", "--with_reconstruction")
-    add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help="of Procedure 1")
+    add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help="routing iterations")
     add(with_, with_.replace("_", "-"), action="store_true", help="add the decoder and its loss")
-    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help="of that loss")
+    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help="its factor")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
     add("--epochs", type=count, default=250, metavar="N", help="passes over the training set")
     add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
     add("--lr-decay", type=fraction, default=0.05, metavar="D", help="part of LR left at the end")
-    add("--seed", type=whole, default=1, metavar="S", help="of everything that is drawn at random")
+    add("--seed", type=whole, default=1, metavar="S", help="seed of all random numbers")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="MNIST", help="fetched if it is not there")
@@ -832,14 +833,14 @@ def build_parser():
     add = parser.add_argument_group("speed").add_argument
     add("--test-batch-size", type=count, default=1000, metavar="N", help="images tested at a time")
     add("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
-    text = "of training; auto is bf16 where the hardware multiplies in it; tests are in fp32"
+    text = "in training; auto is bf16 where the hardware multiplies in it; tests are in fp32"
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
     add("--compile", action="store_true", help="compile the training step (needs a C++ compiler)")
     return parser
 
 
 def parse_args(argv):
-    """(args, model, checkpoint); of a checkpoint, its arguments, and an error if contradicted."""
+    """(args, model, checkpoint): a checkpoint's arguments hold; contradicting one is an error."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.predict and not args.evaluate:
@@ -854,9 +855,10 @@ def parse_args(argv):
         raise Failure(f"{source} is a pretrained file; a run is resumed from its last.pt")
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    args.precision = saved["precision"] if args.precision == "auto" else args.precision
     done = checkpoint["epoch"] == saved["epochs"] <= args.epochs
     free = {"test_batch_size", "log_interval"}
-    free.add("routing_iterations" if args.evaluate else "epochs" * done)
+    free |= {"routing_iterations", "precision"} if args.evaluate else {"epochs" * done}
     for name in saved.keys() - free:
         if (given := getattr(args, name)) != saved[name]:
             parser.error(f"{source} has {name} {saved[name]}; that cannot become {given}")
@@ -867,16 +869,15 @@ def parse_args(argv):
 
 def command(args, flag, value):
     """A command of this script, to be copied from the output."""
-    data = "" if args.data_dir == "data" else f" --data-dir {shlex.quote(args.data_dir)}"
-    return f"python net.py {flag} {shlex.quote(str(value))}{data}"
+    more = ["--data-dir", args.data_dir] * (args.data_dir != "data") + ["--no-cuda"] * args.no_cuda
+    return shlex.join(["python", "net.py", flag, str(value), *more])
 
 
 def epoch_line(entry, epochs, name):
     """One epoch of the log in one line."""
-    error, wrong = f"{entry[f'{name}_error']:.2f}%", entry[f"{name}_wrong"]
+    error = f"{name} error {entry[f'{name}_error']:.2f}% ({entry[f'{name}_wrong']} wrong)"
     losses = f"loss {entry['train_loss']:.4f}, {name} loss {entry[f'{name}_loss']:.4f}"
-    epoch = f"epoch {entry['epoch']}/{epochs}"
-    return f"{epoch}  {name} error {error} ({wrong} wrong)  {losses}  {entry['seconds']:.1f} s"
+    return f"epoch {entry['epoch']}/{epochs}  {error}  {losses}  {entry['seconds']:.1f} s"
 
 
 TABLE_1 = {  # test error on MNIST in percent, mean and deviation of the paper's 3 trials
@@ -903,7 +904,7 @@ def print_result(run, name):
 
 
 def predict(model, args, device):
-    """Print the class of each of the user's images, and the length of every class capsule."""
+    """Print the class of each of the user's images, and every class's score: its length."""
     for file in args.predict:
         image = read_image(file, args.in_channels, args.image_size).to(device)
         lengths = model.eval()(image).lengths[0].tolist()
@@ -929,11 +930,10 @@ def start(args, model, checkpoint):
     kind += "-reconstruction" * args.with_reconstruction + "-validation" * bool(args.validation)
     folder = Path(args.resume or args.output_dir or f"runs/{args.dataset}-{kind}-seed{args.seed}")
     folder = folder.parent if folder.name == "last.pt" else folder
-    if not (args.resume or args.evaluate) and (folder / "last.pt").exists():
+    files = (folder / "last.pt", folder / "log.jsonl")
+    if not (args.resume or args.evaluate) and any(f.exists() and f.stat().st_size for f in files):
         again = command(args, "--resume", folder)
         raise Failure(f"{folder} holds a run. Go on with it: {again}, or choose an --output-dir")
-    if args.compile and not args.evaluate and not shutil.which(os.environ.get("CXX", "g++")):
-        raise Failure("--compile needs a C++ compiler: install g++, or name yours in CXX")
     if process()[0]:
         dist.barrier()  # the first process fetches the data
     splits = load_splits(args.dataset, args.data_dir, args.validation)

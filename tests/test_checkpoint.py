@@ -425,9 +425,18 @@ def test_taken_run_folder_is_left_as_it_is(train, capsys):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
+def test_log_without_its_checkpoint_is_left_as_it_is(train):
+    folder = train()
+    (folder / "last.pt").unlink()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    train("--seed", 2, status=1)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_folder_of_a_run_that_never_saved_is_used(train):
     folder = train()
     (folder / "last.pt").unlink()
+    (folder / "log.jsonl").write_bytes(b"")
     train()
 
 

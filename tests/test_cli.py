@@ -381,7 +381,6 @@ CONTRADICTIONS = [
     ("--model", "baseline"),
     ("--with_reconstruction",),
     ("--reconstruction-weight", "0.1"),
-    ("--precision", "bf16"),
 ]
 
 
@@ -393,7 +392,10 @@ def refused(capsys, *argv):
     return capsys.readouterr().err.splitlines()[-1].replace("_", "-")
 
 
-@pytest.mark.parametrize("flags", [*CONTRADICTIONS, ("--routing_iterations", "1")], ids=str)
+RUN_ALONE = [("--routing_iterations", "1"), ("--precision", "bf16")]
+
+
+@pytest.mark.parametrize("flags", [*CONTRADICTIONS, *RUN_ALONE], ids=str)
 def test_resume_refuses_to_contradict_the_checkpoint(train, capsys, flags):
     said = refused(capsys, "--resume", train(), *flags)
     assert flags[0].strip("-").replace("_", "-") in said
@@ -409,6 +411,16 @@ def test_resume_takes_the_flags_of_the_run(train):
     folder = train("--lr", 0.01, "--routing_iterations", 2)
     args, _, _ = net.parse_args(["--resume", str(folder)])
     assert (args.lr, args.routing_iterations) == (0.01, 2)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_precision_auto_is_that_of_the_run(train, flag):
+    args, _, _ = net.parse_args([flag, str(train("--precision", "bf16")), "--precision", "auto"])
+    assert args.precision == "bf16"
+
+
+def test_evaluate_takes_any_precision_of_training(train):
+    net.parse_args(["--evaluate", str(train("--precision", "bf16")), "--precision", "fp32"])
 
 
 def test_resume_may_change_place_device_test_batch_and_reports(train, fashion, tmp_path):
@@ -667,6 +679,15 @@ def test_result_that_is_not_in_table_1_stands_alone(capsys, changes):
 
 def test_headline_stands_beside_the_earlier_implementation(capsys):
     assert "99.65%" in result(capsys, with_reconstruction=True)
+
+
+@pytest.mark.parametrize(("data_dir", "no_cuda"), [("data", False), ("my data", True)])
+def test_printed_command_keeps_the_data_folder_and_the_device(data_dir, no_cuda):
+    args = argparse.Namespace(data_dir=data_dir, no_cuda=no_cuda)
+    printed = shlex.split(net.command(args, "--resume", Path("my run")))
+    assert printed[:3] == ["python", "net.py", "--resume"]
+    parsed = net.build_parser().parse_args(printed[2:])
+    assert (parsed.resume, parsed.data_dir, parsed.no_cuda) == ("my run", data_dir, no_cuda)
 
 
 # ---- Commands in the texts -------------------------------------------------------------------

@@ -283,6 +283,14 @@ def test_page_of_a_web_server_in_place_of_an_idx_file_is_named(own, name):
         net.load_splits("FashionMNIST", own)
 
 
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_file_that_cannot_be_read_is_named(tmp_path, name):
+    file = tmp_path / name / "raw" / "t10k-images-idx3-ubyte"
+    file.mkdir(parents=True)
+    with pytest.raises(net.Failure, match=str(file)):
+        net.load_data(name, tmp_path, train=False)
+
+
 def test_labels_of_other_images_are_refused(own):
     raw = own / "FashionMNIST" / "raw"
     shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")

@@ -1,5 +1,6 @@
 """Images of one's own, made like the data set's."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -68,6 +69,13 @@ def test_pale_digit_reads_like_a_bright_one(file, four):
 def test_transparent_paper_reads_like_white(file, four):
     transparent = draw(file, paper=(0, 0, 0, 0), ink="black", mode="RGBA")
     assert (net.read_image(transparent, 1, 28) - four).abs().max() < 1e-5
+
+
+def test_16_bits_a_pixel_read_like_8(file, four):
+    with Image.open(file) as image:
+        grey = np.asarray(image.convert("L")).astype(np.uint16)
+    Image.fromarray(20000 + grey * 157).save(file)  # to 60035; cut off at 255, nothing is left
+    assert (net.read_image(file, 1, 28) - four).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
