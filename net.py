@@ -921,7 +921,7 @@ def start(args, model, checkpoint):
         dist.init_process_group()
         sys.stdout = open(os.devnull, "w") if process()[0] else sys.stdout  # noqa: SIM115
     if args.precision == "auto":
-        args.precision = "bf16" if has_bf16(device) else "fp32"
+        args.precision = "bf16" if has_bf16(device) else "fp32"  # CHOICE 15
     name = "valid" if args.validation else "test"
     if args.predict:
         predict(model.to(device), args, device)

@@ -76,7 +76,12 @@ def test_row_of_the_results_equals_its_logs(row):
     histories = [history for _, _, history in runs.values()]
     assert ours == summary([history[-1]["test_error"] for history in histories])
     assert (int(n), {int(epochs)}) == (len(runs), {len(history) for history in histories})
-    assert {start["hardware"] for _, starts, _ in runs.values() for start in starts} == {hardware}
+    trained = {
+        f"{start['hardware']}, {args['precision']}"
+        for args, starts, _ in runs.values()
+        for start in starts
+    }
+    assert trained == {hardware}
     assert re.findall(r"\(results/([^)]+)/\)", logs) == list(runs)
 
 
