@@ -448,11 +448,11 @@ def read_image(file, channels, size):
     """
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image = image.point(lambda p: p / 257) if "16" in image.mode else image
+            image = opened.point(lambda p: p / 257) if "16" in opened.mode else opened  # bits
+            image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:
         raise Failure(f"{file} cannot be read as an image: {error}") from error
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if channels == 3:
         return to_tensor(image.convert("RGB").resize((size, size))).unsqueeze(0)
     grey = pil_to_tensor(image.convert("L"))[0].int()  # (height, width)
@@ -807,7 +807,7 @@ def build_parser():
     r, with_ = ("--routing_iterations", "--with_reconstruction")
     add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help="routing iterations")
     add(with_, with_.replace("_", "-"), action="store_true", help="add the decoder and its loss")
-    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help="its factor")
+    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help="loss's factor")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
