@@ -773,10 +773,10 @@ def save_pretrained(run, file, data_dir="data"):
     args = argparse.Namespace(**checkpoint["args"])
     weights = {name: weight.half() for name, weight in model.state_dict().items()}
     model.load_state_dict(weights)
-    _, test = load_splits(args.dataset, data_dir, args.validation)
-    measured = averages(evaluate(model, test, args.test_batch_size), "measured")
     kept = {name: checkpoint[name] for name in ("epoch", "step", "args", "history", "versions")}
     kept["starts"] = json.loads((Path(run) / "args.json").read_text())["starts"]
+    _, test = load_splits(args.dataset, data_dir, args.validation)
+    measured = averages(evaluate(model, test, args.test_batch_size), "measured")
     save_checkpoint({"model": weights, **measured, **kept}, Path(file))
 
 

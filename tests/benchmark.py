@@ -191,6 +191,7 @@ def main():
     for precision in ["fp32"] + ["bf16"] * net.has_bf16(device):
         names += [precision, f"{precision} compile"]
     names = args.names or names
+    found = {**net.environment(device), "rounds": args.rounds, "steps": args.steps}
     rows, peaks = [], []
     for batch in args.batches:
         racers = {}
@@ -217,7 +218,6 @@ def main():
                 peak = contestant.do(action)[1]
             peaks.append(dict(what=action, batch=batch, r=3, name=name, mib=peak))
             print(f"peak memory  {action}  batch {batch}  {name}  {peak} MiB", flush=True)
-    found = {**net.environment(device), "rounds": args.rounds, "steps": args.steps}
     found |= {"times": rows, "peaks": peaks}
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")

@@ -116,10 +116,12 @@ def test_run_killed_twice_in_training_and_once_in_saving_ends_as_one_never_kille
     path = f"{tmp_path}{os.pathsep}{Path(net.__file__).parent}"
 
     whole = train(*sizes, name="whole")
-    kill(random.randint(75, 200), *FLAGS, *data, *sizes, "--output-dir", killed)  # saved once
+    lines = random.randint(75, 200), random.randint(1, 40)
+    print(f"killed after {lines} lines")  # shown if this fails
+    kill(lines[0], *FLAGS, *data, *sizes, "--output-dir", killed)  # saved once
     assert run_net("--resume", killed, *data, env={"PYTHONPATH": path}).returncode == -9
     assert (killed / "last.pt.tmp").exists()
-    kill(random.randint(1, 40), "--resume", killed, *data)
+    kill(lines[1], "--resume", killed, *data)
     assert main("--resume", killed, *data) == 0
     assert outcome(killed) == outcome(whole)
 
@@ -177,6 +179,14 @@ def test_run_with_dropout_resumes_with_the_same_dropout(train, interrupt, fashio
     interrupt("train_step", 6, signal.SIGTERM)
     stopped = train(name="stopped", status=143)
     torch.manual_seed(0)  # as in another process
+    assert main("--resume", stopped, "--data-dir", fashion) == 0
+    assert outcome(stopped) == outcome(whole)
+
+
+def test_run_in_bf16_resumes_exactly(train, interrupt, fashion):
+    whole = train("--precision", "bf16", name="whole")
+    interrupt("train_step", 6, signal.SIGTERM)
+    stopped = train("--precision", "bf16", name="stopped", status=143)
     assert main("--resume", stopped, "--data-dir", fashion) == 0
     assert outcome(stopped) == outcome(whole)
 

@@ -175,7 +175,9 @@ def test_seed_changes_the_initial_weights(train):
     assert not torch.allclose(one["model"]["conv1.weight"], other["model"]["conv1.weight"])
 
 
-def test_seed_changes_the_order_and_the_shifts(train, monkeypatch):
+@pytest.fixture
+def shifted(monkeypatch):
+    """The (images, shifts) of every training step."""
     seen, original = [], net.random_shift
 
     def spy(images, shifts):
@@ -183,9 +185,19 @@ def test_seed_changes_the_order_and_the_shifts(train, monkeypatch):
         return original(images, shifts)
 
     monkeypatch.setattr(net, "random_shift", spy)
+    return seen
+
+
+def test_seed_changes_the_order_and_the_shifts(train, shifted):
     for seed in (1, 2):
         train("--seed", seed, "--batch-size", 64, name=str(seed))
-    (one, one_shifts), (other, other_shifts) = seen
+    (one, one_shifts), (other, other_shifts) = shifted
+    assert not torch.equal(one, other) and not torch.equal(one_shifts, other_shifts)
+
+
+def test_each_epoch_has_its_own_order_and_shifts(train, shifted):
+    train("--epochs", 2, "--batch-size", 64)
+    (one, one_shifts), (other, other_shifts) = shifted
     assert not torch.equal(one, other) and not torch.equal(one_shifts, other_shifts)
 
 
@@ -237,19 +249,6 @@ def test_dataset_chooses_the_data(train, fashion, tmp_path, capsys):
 def test_data_dir_is_where_the_data_lie(train, tmp_path, capsys):
     train("--data-dir", write_fashion(tmp_path / "data", train=32, test=10))
     assert "32 training and 10 test images" in shown(capsys, "data")
-
-
-def test_validation_holds_out_the_last_training_images(train, fashion, monkeypatch):
-    seen, original = [], net.evaluate
-
-    def spy(model, data, *args):
-        seen.append(data.tensors[0])
-        return original(model, data, *args)
-
-    monkeypatch.setattr(net, "evaluate", spy)
-    train("--validation", 10)
-    images, _ = net.load_data("FashionMNIST", fashion, train=True).tensors
-    assert torch.equal(seen[0], images[-10:])
 
 
 def test_validation_trains_on_the_other_images(train, capsys):
@@ -339,8 +338,17 @@ def test_precision_leaves_the_weights_in_fp32(train, precision):
     assert {weight.dtype for weight in weights} == {torch.float32}
 
 
-def test_precision_is_resolved_before_it_is_saved(train):
-    assert checkpoint(train("--precision", "auto"))["args"]["precision"] in ("fp32", "bf16")
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_precision_auto_is_bf16_where_the_hardware_has_it(train, monkeypatch, native, expected):
+    monkeypatch.setattr(net, "has_bf16", lambda device: native)
+    assert checkpoint(train("--precision", "auto"))["args"]["precision"] == expected
+
+
+def test_precision_fp32_means_no_tf32(train, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    train()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_compile_compiles_the_training_step(train, monkeypatch):
@@ -436,10 +444,12 @@ def test_resume_may_change_epochs_only_when_the_run_is_complete(train, capsys):
     assert "epochs" in refused(capsys, "--resume", folder, "--epochs", 3)
 
 
-def test_resume_with_more_epochs_continues_a_complete_run(train, fashion):
-    folder = train()
+def test_resume_with_more_epochs_stretches_the_schedule_of_a_complete_run(train, fashion):
+    folder = train("--lr-decay", 0.01)
     assert main("--resume", folder, "--data-dir", fashion, "--epochs", 3) == 0
-    assert [entry["epoch"] for entry in log(folder)] == [1, 2, 3]
+    last_steps = [(1, 3 / 4), (2, 7 / 12), (3, 11 / 12)]  # 4 steps an epoch
+    expected = [(epoch, 0.001 * 0.01**done) for epoch, done in last_steps]
+    assert [(entry["epoch"], pytest.approx(entry["lr"])) for entry in log(folder)] == expected
 
 
 def test_resume_of_a_complete_run_trains_no_more(train, fashion):

@@ -245,12 +245,6 @@ def test_validation_holds_out_the_last_training_images(fashion):
     assert same([train.tensors, valid.tensors], [whole[:54], whole[54:]])
 
 
-def test_validation_never_opens_the_test_set(own):
-    for name in ("images-idx3", "labels-idx1"):
-        (own / "FashionMNIST" / "raw" / f"t10k-{name}-ubyte").write_bytes(b"never read")
-    assert [len(part) for part in net.load_splits("FashionMNIST", own, 10)] == [54, 10]
-
-
 def test_validation_may_leave_a_single_training_image(fashion):
     assert [len(part) for part in net.load_splits("FashionMNIST", fashion, 63)] == [1, 63]
 

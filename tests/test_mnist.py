@@ -54,6 +54,13 @@ def test_60_steps_classify_85_percent_of_the_first_1000_test_images(mnist):
     assert count == 1000 and wrong <= 150  # it is about 85
 
 
+def test_pretrained_weights_err_as_often_as_the_file_says(mnist):
+    model, content = net.load_checkpoint(REPOSITORY / "results" / "pretrained.pt")
+    *_, wrong, count = net.evaluate(model, mnist[1], 1000).tolist()
+    assert count == 10_000
+    assert abs(wrong - content["measured_wrong"]) <= 2  # a borderline image, on other hardware
+
+
 class Products(TorchDispatchMode):
     """Multiplies bf16 as hardware does: sums in float32, the result rounded. Much faster than torch
     on a CPU that has no bf16."""

@@ -116,6 +116,24 @@ def test_lengths_equal_those_that_the_oracle_routes():
 # Reconstruction
 
 
+def test_decoder_is_two_relus_and_a_sigmoid_on_the_capsule_of_the_label():
+    decoder, capsules, labels = tiny().decoder, normal(B, J, E).float(), torch.tensor([5, 0, 2])
+    x = torch.zeros(B, J, E)
+    x[range(B), labels] = capsules[range(B), labels]
+    weights = list(decoder.parameters())
+    x = F.linear(x.flatten(1), *weights[:2]).clamp(min=0)
+    x = F.linear(x, *weights[2:4]).clamp(min=0)
+    expected = 1 / (1 + (-F.linear(x, *weights[4:])).exp())
+    assert relative_error(decoder(capsules, labels).flatten(1), expected) < 1e-6
+
+
+def test_reconstruction_trains_the_layers_below():
+    model = tiny()
+    model(tiny_images(), torch.tensor([5, 0, 2])).reconstruction.sum().backward()
+    below = [model.conv1, model.primary_caps, model.digit_caps]
+    assert all(p.grad is not None and p.grad.any() for layer in below for p in layer.parameters())
+
+
 def test_reconstruction_has_the_shape_of_the_images():
     assert tiny()(tiny_images()).reconstruction.shape == (B, C, SIZE, SIZE)
 
@@ -155,6 +173,14 @@ def test_without_labels_the_longest_capsule_is_drawn():
     model, images = tiny(), tiny_images()
     longest = model(images).lengths.argmax(dim=1)
     assert torch.equal(model(images).reconstruction, model(images, longest).reconstruction)
+
+
+def test_training_draws_the_capsule_of_the_label():
+    model, images = tiny(), tiny_images()
+    labels = (model(images).lengths.argmax(dim=1) + 1) % J
+    expected = net.reconstruction_loss(images, model(images, labels).reconstruction)
+    _, sums = net.Objective(model, "fp32")(images, labels)
+    assert sums[2] / B == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_evaluate_draws_the_longest_capsule_whatever_the_label():
@@ -263,6 +289,14 @@ def test_lengths_under_autocast_to_bfloat16_are_near_those_in_float32():
 def baseline():
     torch.manual_seed(0)
     return net.BaselineCNN(in_channels=3, image_size=8, num_classes=7), torch.rand(2, 3, 8, 8)
+
+
+def test_baseline_has_a_relu_after_each_layer_and_dropout_before_the_last():
+    with torch.device("meta"):
+        layers = net.BaselineCNN().layers
+    kinds = ["Conv2d", "ReLU"] * 3 + ["Flatten"] + ["Linear", "ReLU"] * 2 + ["Dropout", "Linear"]
+    assert [type(layer).__name__ for layer in layers] == kinds
+    assert layers[-2].p == 0.5
 
 
 def test_baseline_gives_a_logit_for_each_class():

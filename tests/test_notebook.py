@@ -277,6 +277,12 @@ def test_it_trains_nothing(tree):
     assert not names & {"backward", "optim", "train", "train_step", "train_epoch", "Run", "main"}
 
 
+def test_kept_copy_shows_the_pretrained_file(kept):
+    content = torch.load(REPOSITORY / "results" / "pretrained.pt", weights_only=True)
+    assert f"({content['measured_wrong']} of 10000 wrong)" in printed(kept)
+    assert all(f"commit {start['commit']}" in printed(kept) for start in content["starts"])
+
+
 def test_words_under_a_figure_are_of_the_number_that_is_drawn(kept):
     written = re.search(r"In this network it is number (\d+)", without_pictures(kept))
     assert written and f"number drawn: {written[1]}\n" in printed(kept)

@@ -72,13 +72,6 @@ def test_readme_names_every_flag():
     assert flags - hyphenated - {"--help"} <= set(re.findall(r"`(--[\w-]+)", README))
 
 
-def test_readme_names_every_key_of_the_log():
-    parts = (*net.SUMS[:3], "error", "wrong")
-    keys = [f"{name}_{part}" for name in ("train", "test") for part in parts]
-    keys += ["epoch", "step", "lr", "seconds", "images_per_second"]
-    assert [key for key in keys if f"`{key}`" not in README] == []
-
-
 def test_importing_net_has_no_side_effects():
     code = (
         "import random, signal, torch; numbers = torch.get_rng_state(), random.getstate(); "

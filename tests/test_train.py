@@ -131,23 +131,31 @@ def test_learning_rate_falls_exponentially(step, rate):
     assert net.learning_rate(step, 1000, 0.1, 0.01) == pytest.approx(rate)
 
 
-def test_learning_rate_depends_on_nothing_but_its_arguments():
-    steps = [5, 0, 9, 5, 0]
-    rates = [net.learning_rate(step, 10, 0.1, 0.01) for step in steps]
-    assert rates[:2] == rates[3:]
+@pytest.fixture
+def steps(monkeypatch):
+    """(learning rate, seed) of every training step."""
+    seen, original = [], net.train_step
 
-
-def test_every_step_has_its_learning_rate(start, data, monkeypatch):
-    rates, original = [], net.train_step
-
-    def spy(*args):
-        rates.append(run.optimizer.param_groups[0]["lr"].item())
-        return original(*args)
+    def spy(objective, optimizer, images, labels):
+        seen.append((optimizer.param_groups[0]["lr"].item(), torch.initial_seed()))
+        return original(objective, optimizer, images, labels)
 
     monkeypatch.setattr(net, "train_step", spy)
+    return seen
+
+
+def test_every_step_has_its_learning_rate(start, data, steps):
     run = start(data[0], "--batch-size", "16", "--epochs", "2", "--lr-decay", "0.01")
     train(run, data[0])
+    rates = [rate for rate, _ in steps]
     assert rates == pytest.approx([0.001 * 0.01 ** (step / 8) for step in range(8)])
+
+
+def test_every_step_of_every_process_has_its_own_dropout(start, data, steps, monkeypatch):
+    for rank in range(2):
+        monkeypatch.setattr(net, "process", lambda rank=rank: (rank, 2))
+        train(start(data[0], "--batch-size", "16", "--epochs", "2"), data[0])
+    assert len({seed for _, seed in steps}) == len(steps) == 2 * 8
 
 
 LEARNING = ("--epochs", 8, "--lr", 0.01)  # enough for the test error to fall
