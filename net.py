@@ -441,14 +441,14 @@ def batches(data, batch_size, order=None, shifts=None, first=0):
 
 
 def read_image(file, channels, size):
-    """A user's image, prepared as the data set's were: (1, C, H, W) in [0, 1].
+    """A user's image, prepared as MNIST's were: (1, C, H, W) in [0, 1].
 
-    Grey ones become like MNIST's: bright on dark, the digit scaled to fit 20 of 28 pixels, its
-    centre of mass in the middle. Raises Failure if the file is no image, or an empty one.
+    Bright on dark, the digit scaled to fit 20 of 28 pixels, its centre of mass in the middle; in
+    colour, only scaled. Raises Failure if the file is no image, or an empty one.
     """
     try:
         with Image.open(file) as opened:
-            image = opened.point(lambda p: p / 257) if "16" in opened.mode else opened  # bits
+            image = opened.convert("I").point(lambda p: p / 257) if "I" in opened.mode else opened
             image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:
         raise Failure(f"{file} cannot be read as an image: {error}") from error
@@ -468,7 +468,7 @@ def read_image(file, channels, size):
     mass = to_tensor(digit)[0]  # (height, width)
     y, x = (torch.arange(float(n)) @ mass.sum(1 - k) / mass.sum() for k, n in enumerate(mass.shape))
     canvas = Image.new("L", (size, size))
-    canvas.paste(digit, (round((size - 1) / 2 - x.item()), round((size - 1) / 2 - y.item())))
+    canvas.paste(digit, (round(size / 2 - x.item()), round(size / 2 - y.item())))
     return to_tensor(canvas).unsqueeze(0)
 
 
@@ -781,8 +781,8 @@ def save_pretrained(run, file, data_dir="data"):
 
 
 # ---- Command line ----------------------------------------------------------------------------
-def number(kind, low, high=sys.float_info.max):
-    """What argparse reads numbers with: an int or a float from low to high, neither NaN nor inf."""
+def number(kind, low, high=1e38):
+    """What argparse reads numbers with: an int or a float from low to high, never NaN."""
 
     def parse(text):
         if not low <= (value := kind(text)) <= high:
@@ -822,11 +822,10 @@ def build_parser():
     add("--validation", type=whole, default=0, metavar="N", help="hold out N training images")
 
     run = parser.add_argument_group("run")
-    add = run.add_argument
-    either = run.add_mutually_exclusive_group().add_argument
+    add, either = run.add_argument, run.add_mutually_exclusive_group().add_argument
     either("--output-dir", metavar="DIR", help="run folder, else one in runs/" + no)
-    either("--resume", metavar="RUN", help="go on with the run in this folder" + no)
-    either("--evaluate", metavar="FILE", help="test this checkpoint and end" + no)
+    either("--resume", type=Path, metavar="RUN", help="go on with the run in this folder" + no)
+    either("--evaluate", type=Path, metavar="FILE", help="test this checkpoint and end" + no)
     add("--predict", nargs="+", metavar="IMAGE", help="classify, with --evaluate" + no)
     add("--log-interval", type=count, default=10, metavar="N", help="steps from report to report")
 
@@ -856,10 +855,9 @@ def parse_args(argv):
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.precision = saved["precision"] if args.precision == "auto" else args.precision
-    done = checkpoint["epoch"] == saved["epochs"] <= args.epochs
-    free = {"test_batch_size", "log_interval"}
-    free |= {"routing_iterations", "precision"} if args.evaluate else {"epochs" * done}
-    for name in saved.keys() - free:
+    done = args.resume and checkpoint["epoch"] == saved["epochs"] <= args.epochs
+    more = {"routing_iterations"} if args.evaluate else {"epochs"} if done else set()
+    for name in saved.keys() - {"test_batch_size", "log_interval"} - more:
         if (given := getattr(args, name)) != saved[name]:
             parser.error(f"{source} has {name} {saved[name]}; that cannot become {given}")
     if args.model == "capsnet":
@@ -870,7 +868,8 @@ def parse_args(argv):
 def command(args, flag, value):
     """A command of this script, to be copied from the output."""
     more = ["--data-dir", args.data_dir] * (args.data_dir != "data") + ["--no-cuda"] * args.no_cuda
-    return shlex.join(["python", "net.py", flag, str(value), *more])
+    parts = ["python", "net.py", flag, str(value), *more]
+    return shlex.join(part.replace(os.sep, "/") for part in parts)  # Windows knows no quotes
 
 
 def epoch_line(entry, epochs, name):
@@ -976,6 +975,7 @@ def main(argv=None):
     """The command line's entry. Returns the exit status."""
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.deterministic = True
     try:
         args, *loaded = parse_args(argv)
@@ -990,7 +990,7 @@ def main(argv=None):
         reason = f"out of memory with {sizes}: lower the one, or both"
     except KeyboardInterrupt:
         return 130
-    print("net.py:", *str(reason).split(), file=sys.stderr, flush=True)
+    print("net.py:", *str(reason).splitlines(), file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(1)  # the other processes wait in vain, and a proper end would wait for them
     return 1

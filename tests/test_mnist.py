@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 import torch
 from helpers import REPOSITORY
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
@@ -40,6 +41,15 @@ def test_each_class_is_about_a_tenth_of_either_part(mnist):
 def test_first_labels_are_those_of_the_original(mnist):
     assert mnist[0].tensors[1][:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert mnist[1].tensors[1][:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+
+
+def test_own_image_that_is_mnist_s_is_left_where_it_is(mnist, tmp_path):
+    differences = []
+    for image in mnist[1].tensors[0][:100]:
+        Image.fromarray(image[0].numpy()).save(tmp_path / "digit.png")
+        read = net.read_image(tmp_path / "digit.png", 1, 28)[0]
+        differences.append((255 * read - image).abs().sum() / image.sum())
+    assert torch.stack(differences).median() < 0.05  # moved by a pixel, it is 0.5
 
 
 def test_60_steps_classify_85_percent_of_the_first_1000_test_images(mnist):
