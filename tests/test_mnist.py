@@ -1,6 +1,7 @@
 """The real MNIST, fetched if it is not there."""
 
 import hashlib
+import os
 from contextlib import nullcontext
 from itertools import islice
 
@@ -64,7 +65,15 @@ def test_60_steps_classify_85_percent_of_the_first_1000_test_images(mnist):
     assert count == 1000 and wrong <= 150  # it is about 85
 
 
-def test_pretrained_weights_err_as_often_as_the_file_says(mnist):
+@pytest.fixture
+def all_cores():
+    """As many threads as there are cores, unlike in the other tests."""
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(1)
+
+
+def test_pretrained_weights_err_as_often_as_the_file_says(mnist, all_cores):
     model, content = net.load_checkpoint(REPOSITORY / "results" / "pretrained.pt")
     *_, wrong, count = net.evaluate(model, mnist[1], 1000).tolist()
     assert count == 10_000
