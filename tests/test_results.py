@@ -62,8 +62,9 @@ def trials(row):
 
 def summary(errors):
     """Mean and deviation of the errors, as README writes them."""
-    mean = f"{statistics.mean(errors):.2f}"
-    return f"{mean} ± {statistics.stdev(errors):.3f}" if len(errors) > 1 else mean
+    if len(errors) == 1:
+        return f"{errors[0]:.2f}"
+    return f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
