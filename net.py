@@ -869,7 +869,7 @@ def command(args, flag, value):
     """A command of this script, to be copied from the output."""
     more = ["--data-dir", args.data_dir] * (args.data_dir != "data") + ["--no-cuda"] * args.no_cuda
     parts = ["python", "net.py", flag, str(value), *more]
-    return shlex.join(part.replace(os.sep, "/") for part in parts)  # Windows knows no quotes
+    return shlex.join(part.replace(os.sep, "/") for part in parts)  # cmd.exe takes no quotes
 
 
 def epoch_line(entry, epochs, name):

@@ -346,6 +346,7 @@ def test_precision_auto_is_bf16_where_the_hardware_has_it(train, monkeypatch, na
 
 def test_precision_fp32_means_no_tf32(train, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
     train()
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
