@@ -725,10 +725,10 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / "args.json"
-            before = json.loads(file.read_text()) if self.step and file.exists() else {}
-        except (OSError, ValueError) as error:
-            raise Failure(f"cannot use the run folder {self.folder}: {error}") from error
-        starts = [*before.get("starts", []), {"step": self.step, **self.environment}]
+            before = json.loads(file.read_text())["starts"] if self.step and file.exists() else []
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise Failure(f"cannot use {self.folder} or its args.json: {error}") from error
+        starts = [*before, {"step": self.step, **self.environment}]
         content = {"args": self.saved_args(), "starts": starts}
         write_file(file, json.dumps(content, indent=2).encode() + b"\n")
         self.write_log()

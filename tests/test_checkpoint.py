@@ -469,6 +469,16 @@ def test_run_folder_that_cannot_be_written_is_reported_before_training(
     assert str(tmp_path / "run") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+def test_damaged_args_file_is_reported_and_nothing_lost(train, fashion, capsys, content):
+    folder = train()
+    (folder / "args.json").write_text(content)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    said = refusal(capsys, "--resume", folder, "--data-dir", fashion, "--epochs", 4)
+    assert f"{folder} or its args.json" in said
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 # ---- Pretrained ------------------------------------------------------------------------------
 
 
