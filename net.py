@@ -82,7 +82,7 @@ def squash(s, dim=-1):
 def routing(u, weight, iterations):
     """Routing by agreement (Procedure 1, Eqs. 2-3).
 
-    u (B, I, D): the outputs of the capsules below. weight (J, I, D, E): W_ij, turned so that
+    u (B, I, D): the outputs of the capsules below. weight (J, I, D, E): W_ij, transposed, so that
     u_hat_{j|i} = u_i W_ij. Returns v (B, J, E), the capsules above, and c (B, I, J), the coupling
     coefficients of the last iteration, which sum to one over the parents j.
 
@@ -96,9 +96,9 @@ def routing(u, weight, iterations):
     u = u.mT.contiguous()  # (B, D, I)
     b = at_least_fp32(u.new_zeros(J, len(u), I))  # (J, B, I)  CHOICE 3
     for iteration in range(iterations):
-        c = b.softmax(dim=0)  # over the parents
-        s = torch.bmm((c.to(u.dtype).unsqueeze(2) * u).flatten(2), W)  # (J, B, E)
-        v = squash(s)
+        c = b.softmax(dim=0)  # (J, B, I), over the parents (Eq. 3)
+        s = torch.bmm((c.to(u.dtype).unsqueeze(2) * u).flatten(2), W)  # (J, B, E), Eq. 2
+        v = squash(s)  # Eq. 1
         if iteration < iterations - 1:
             Wv = torch.bmm(v.to(u.dtype), W.mT).unflatten(2, (D, I))  # (J, B, D, I)
             b = b + (u * Wv).sum(dim=2, dtype=b.dtype)  # (J, B, I)  CHOICE 4
@@ -107,12 +107,12 @@ def routing(u, weight, iterations):
 
 # ---- Margin loss (Sec. 3) --------------------------------------------------------------------
 def margin_loss(lengths, labels):
-    """Margin loss (Eq. 4): squared hinges, summed over the classes, averaged over the batch.
+    """Margin loss (Eq. 4) with m+ = 0.9, m- = 0.1 and lambda = 0.5, averaged over the batch.
 
-    lengths (B, J): |v_k|. labels (B,): the class that is present. Returns a scalar.
+    lengths (B, J): |v_k|. labels (B,): the class k with T_k = 1. Returns a scalar.
     """
-    present = F.one_hot(labels, lengths.shape[1])  # (B, J)
-    L = present * F.relu(0.9 - lengths) ** 2 + 0.5 * (1 - present) * F.relu(lengths - 0.1) ** 2
+    T = F.one_hot(labels, lengths.shape[1])  # (B, J)
+    L = T * F.relu(0.9 - lengths) ** 2 + 0.5 * (1 - T) * F.relu(lengths - 0.1) ** 2  # (B, J)
     return L.sum() / max(len(lengths), 1)  # CHOICE 6  (one of several processes may have none)
 
 
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         self.image_shape = tuple(image_shape)
         sizes = [capsules * dim, *widths, math.prod(image_shape)]
         layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-        self.layers = nn.Sequential(*layers[:-1])
+        self.layers = nn.Sequential(*layers[:-1])  # no ReLU after the last
 
     def forward(self, capsules, labels):
         """capsules (B, J, E), labels (B,): which to draw -> images (B, C, H, W) in [0, 1]."""
@@ -223,7 +223,7 @@ class CapsNet(nn.Module):
         decoder_widths=(512, 1024),
     ):
         super().__init__()
-        grid = (image_size - 2 * (kernel_size - 1) - 1) // 2 + 1
+        grid = (image_size - kernel_size + 1 - kernel_size) // 2 + 1  # 28 -> 20 -> 6
         if grid < 1:
             raise ValueError(f"images of {image_size} px are too small for two convolutions")
         I, J, D, E = grid**2 * primary_types, num_classes, primary_dim, digit_dim
@@ -458,14 +458,14 @@ def read_image(file, channels, size):
     grey = pil_to_tensor(image.convert("L"))[0].int()  # (height, width)
     border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).median()
     ink = Image.fromarray((grey - border).abs().byte().numpy())
-    if ink.getextrema()[1] < 32:
-        raise Failure(f"{file} is empty: nothing in it differs from its border")
-    ink = ImageOps.autocontrast(ink)
+    contrast, ink = ink.getextrema()[1], ImageOps.autocontrast(ink)
     digit = ink.crop(ink.point(lambda p: p > 50 and p).getbbox())
     scale = round(size * 20 / 28) / max(digit.size)
     sides = [max(1, round(side * scale)) for side in digit.size]
     digit = digit.resize(sides, Image.Resampling.BILINEAR)
     mass = to_tensor(digit)[0]  # (height, width)
+    if contrast < 32 or not mass.any():
+        raise Failure(f"{file} is empty: nothing in it differs from its border")
     y, x = (torch.arange(float(n)) @ mass.sum(1 - k) / mass.sum() for k, n in enumerate(mass.shape))
     canvas = Image.new("L", (size, size))
     canvas.paste(digit, (round(size / 2 - x.item()), round(size / 2 - y.item())))
@@ -503,7 +503,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.bf16 = model, precision == "bf16"
         for module in model.modules():
-            if self.bf16 and isinstance(module, nn.Conv2d):  # channels last is faster in bf16 only
+            if self.bf16 and isinstance(module, nn.Conv2d):  # in fp32 it may be slower
                 module.to(memory_format=torch.channels_last)
 
     def forward(self, images, labels):
@@ -621,7 +621,7 @@ class Stop:
 
 
 def keep_freed_memory():
-    """Have the C library keep large tensors' memory: giving it back takes a quarter of a step."""
+    """Have the C library keep large tensors' memory: fetching it anew slows every step."""
     with contextlib.suppress(Exception):  # glibc alone has mallopt
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         if mallopt(mmap_threshold, 2**31 - 1) or mallopt(mmap_threshold, 2**25):  # older ones
@@ -632,7 +632,7 @@ CPU = getattr(torch.cpu, "get_capabilities", dict)()  # its name and features, i
 
 
 def has_bf16(device):
-    """Whether the hardware multiplies in bfloat16 natively, as torch tells."""
+    """Whether the GPU, or the x86 CPU, multiplies in bfloat16 natively, as torch tells."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(CPU.get("amx_bf16") or CPU.get("avx512_bf16"))
@@ -662,7 +662,7 @@ def make_model(args):
 
 def load_checkpoint(file):
     """(model, checkpoint) of a run folder or a file; nothing in it is executed. Raises Failure."""
-    file = Path(file) / "last.pt" if Path(file).is_dir() else Path(file)
+    file = Path(file, "last.pt" if os.path.isdir(file) else "")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -819,7 +819,7 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="MNIST", help="fetched if it is not there")
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    add("--validation", type=whole, default=0, metavar="N", help="hold out N training images")
+    add("--validation", type=whole, default=0, metavar="N", help="test on N training images")
 
     run = parser.add_argument_group("run")
     add, either = run.add_argument, run.add_mutually_exclusive_group().add_argument
@@ -832,7 +832,7 @@ def build_parser():
     add = parser.add_argument_group("speed").add_argument
     add("--test-batch-size", type=count, default=1000, metavar="N", help="images tested at a time")
     add("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
-    text = "in training; auto is bf16 where the hardware multiplies in it; tests are in fp32"
+    text = "in training; auto is bf16 on a GPU or x86 CPU that multiplies in it; tests are in fp32"
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
     add("--compile", action="store_true", help="compile the training step (needs a C++ compiler)")
     return parser
@@ -929,10 +929,10 @@ def start(args, model, checkpoint):
     kind += "-reconstruction" * args.with_reconstruction + "-validation" * bool(args.validation)
     folder = Path(args.resume or args.output_dir or f"runs/{args.dataset}-{kind}-seed{args.seed}")
     folder = folder.parent if folder.name == "last.pt" else folder
-    files = (folder / "last.pt", folder / "log.jsonl")
-    if not (args.resume or args.evaluate) and any(f.exists() and f.stat().st_size for f in files):
-        again = command(args, "--resume", folder)
-        raise Failure(f"{folder} holds a run. Go on with it: {again}, or choose an --output-dir")
+    files = filter(os.path.isfile, (folder / "last.pt", folder / "log.jsonl"))
+    if not (args.resume or args.evaluate) and any(map(os.path.getsize, files)):
+        hint = f"resume ({command(args, '--resume', folder)}) or " * (folder / "last.pt").exists()
+        raise Failure(f"{folder} holds a run: {hint}choose another --output-dir")
     if process()[0]:
         dist.barrier()  # the first process fetches the data
     splits = load_splits(args.dataset, args.data_dir, args.validation)
@@ -983,7 +983,7 @@ def main(argv=None):
     except Failure as failure:
         reason = failure
     except (MemoryError, RuntimeError) as error:
-        signs = ("MemoryError", "out of memory", "CPUAllocator", "bad_alloc")
+        signs = ("MemoryError", "out of memory", "CPUAllocator", "bad_alloc", "ALLOC_FAILED")
         if not any(sign in repr(error) for sign in signs):
             raise
         sizes = f"--batch-size {args.batch_size} and --test-batch-size {args.test_batch_size}"

@@ -339,6 +339,12 @@ def test_file_that_is_no_checkpoint_is_refused_by_name(train, capsys, flag, dama
     assert str(file) in refusal(capsys, flag, file)
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--output-dir"])
+def test_name_that_the_system_refuses_is_reported(fashion, capsys, flag):
+    places = ("--dataset", "FashionMNIST", "--data-dir", fashion)[: 4 * (flag == "--output-dir")]
+    assert "File name too long" in refusal(capsys, flag, "x" * 300, *places)
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_missing_checkpoint_is_refused_by_name(tmp_path, capsys, flag):
     assert str(tmp_path / "last.pt") in refusal(capsys, flag, tmp_path)
@@ -425,7 +431,7 @@ def test_taken_run_folder_is_refused_before_training_with_the_command_that_resum
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.pt").write_bytes(b"precious")
     train(status=1)
-    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+    assert f"(python net.py --resume {tmp_path / 'run'} " in capsys.readouterr().err
 
 
 def test_taken_run_folder_is_left_as_it_is(train, capsys):
@@ -435,11 +441,12 @@ def test_taken_run_folder_is_left_as_it_is(train, capsys):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_log_without_its_checkpoint_is_left_as_it_is(train):
+def test_log_without_its_checkpoint_is_left_as_it_is(train, capsys):
     folder = train()
     (folder / "last.pt").unlink()
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     train("--seed", 2, status=1)
+    assert "--resume" not in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 

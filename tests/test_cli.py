@@ -344,6 +344,12 @@ def test_precision_auto_is_bf16_where_the_hardware_has_it(train, monkeypatch, na
     assert checkpoint(train("--precision", "auto"))["args"]["precision"] == expected
 
 
+@pytest.mark.parametrize("feature", ["amx_bf16", "avx512_bf16", "avx2"])
+def test_cpu_has_bf16_if_it_has_one_of_two_features(monkeypatch, feature):
+    monkeypatch.setattr(net, "CPU", {"amx_bf16": False, "avx512_bf16": False, feature: True})
+    assert net.has_bf16(torch.device("cpu")) == (feature != "avx2")
+
+
 def test_precision_fp32_means_no_tf32(train, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.set_float32_matmul_precision("high")
@@ -570,6 +576,7 @@ def test_validation_of_all_images_is_refused(said, fashion, tmp_path):
 MEMORY = [
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("std::bad_alloc"),
     MemoryError(),
 ]

@@ -143,6 +143,15 @@ def test_empty_image_is_refused_by_name(file, colour):
         net.read_image(file, 1, 28)
 
 
+def test_image_with_only_two_far_specks_is_refused_by_name(file):
+    image = Image.new("L", (1000, 1500))
+    image.putpixel((100, 100), 255)
+    image.putpixel((900, 1400), 255)
+    image.save(file)
+    with pytest.raises(net.Failure, match="digit.png is empty"):
+        net.read_image(file, 1, 28)
+
+
 @pytest.mark.parametrize("content", [b"", b"This is text.", b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_image_is_refused_by_name(file, content):
     file.write_bytes(content)
