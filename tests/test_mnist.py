@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+import re
 from contextlib import nullcontext
 from itertools import islice
 
 import pytest
 import torch
 from helpers import REPOSITORY
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
@@ -51,6 +52,18 @@ def test_own_image_that_is_mnist_s_is_left_where_it_is(mnist, tmp_path):
         read = net.read_image(tmp_path / "digit.png", 1, 28)[0]
         differences.append((255 * read - image).abs().sum() / image.sum())
     assert torch.stack(differences).median() < 0.05  # moved by a pixel, it is 0.5
+
+
+def test_predict_reads_digits_drawn_black_on_white(mnist, tmp_path, capsys):
+    images, labels = (part[:20] for part in mnist[1].tensors)
+    files = [tmp_path / f"{n}.png" for n in range(20)]
+    for file, image in zip(files, images, strict=True):
+        drawn = Image.fromarray(255 - image[0].numpy()).resize((140, 140))
+        ImageOps.expand(drawn, (90, 10, 30, 70), "white").save(file)
+    pretrained = ("--evaluate", REPOSITORY / "results" / "pretrained.pt")
+    assert net.main(["--no-cuda", *map(str, (*pretrained, "--predict", *files))]) == 0
+    said = re.findall(r"\.png: (\d)$", capsys.readouterr().out, re.MULTILINE)
+    assert [int(label) for label in said] == labels.tolist()
 
 
 def test_60_steps_classify_85_percent_of_the_first_1000_test_images(mnist):

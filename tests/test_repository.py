@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import REPOSITORY
@@ -90,3 +91,24 @@ def test_results_hold_no_absolute_path():
     for file in (REPOSITORY / "results").glob("**/args.json"):
         texts = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(json.loads(file.read_text())))
         assert not [text for text in texts if re.match(r"[/~]|[A-Za-z]:\\", text)]
+
+
+def test_python_in_readme_runs_and_makes_the_shapes_that_it_says(fashion, tmp_path, monkeypatch):
+    (block,) = re.findall("```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.setitem(net.CapsNet.__init__.__kwdefaults__, "conv_channels", 4)
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(fashion)
+    run = ("--dataset", "FashionMNIST", "--with_reconstruction", "--epochs", "1", "--no-cuda")
+    assert net.main([*run, "--output-dir", "runs/quick"]) == 0
+    made = {}
+    exec(block.replace('"MNIST"', '"FashionMNIST"'), made)
+    assert Path("capsnet.pt").stat().st_size < Path("runs/quick/last.pt").stat().st_size / 5
+    checked = []
+    for line in block.splitlines():
+        names, _, said = line.partition(" = ")
+        for shape in re.findall(r"\(\d+,[ \d,]*\)", said.partition("#")[2])[::-1]:
+            name = names.replace(",", " ").split().pop()
+            names = names.rpartition(name)[0]
+            assert tuple(made[name].shape) == ast.literal_eval(shape), line
+            checked.append(name)
+    assert len(checked) == 8

@@ -75,6 +75,7 @@ def summary(errors):
 def test_row_of_the_results_equals_its_logs(row):
     _, _, ours, n, epochs, _, hardware, logs = row
     runs = trials(row)
+    assert len({args["seed"] for args, _, _ in runs.values()}) == len(runs)
     if not runs:
         assert (ours, n, epochs, hardware, logs) == ("not run", "", "", "", "")
         return
