@@ -503,7 +503,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.bf16 = model, precision == "bf16"
         for module in model.modules():
-            if self.bf16 and isinstance(module, nn.Conv2d):  # in fp32 it may be slower
+            if self.bf16 and isinstance(module, nn.Conv2d):  # channels last may slow fp32
                 module.to(memory_format=torch.channels_last)
 
     def forward(self, images, labels):
@@ -819,7 +819,7 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="MNIST", help="fetched if it is not there")
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    add("--validation", type=whole, default=0, metavar="N", help="test on N training images")
+    add("--validation", type=whole, default=0, metavar="N", help="test on the last N training images")
 
     run = parser.add_argument_group("run")
     add, either = run.add_argument, run.add_mutually_exclusive_group().add_argument
