@@ -819,7 +819,7 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="MNIST", help="fetched if it is not there")
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    add("--validation", type=whole, default=0, metavar="N", help="test on the last N training images")
+    add("--validation", type=whole, default=0, metavar="N", help="hold out N images, test on those")
 
     run = parser.add_argument_group("run")
     add, either = run.add_argument, run.add_mutually_exclusive_group().add_argument
