@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import TensorDataset
 
 import net
@@ -124,6 +125,42 @@ def test_loss_in_the_log_is_the_mean_over_the_examples(main, losses):
 
 
 # ---- Learning rate ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Call it with TensorDatasets to have them on a GPU, where tensors have sizes but no numbers.
+
+    Mixing its tensors with the CPU's fails, and so does reading a number, which would wait for it.
+    """
+    make_model = net.make_model
+
+    def on_gpu(args):
+        with torch.device("cuda"):
+            return make_model(args)
+
+    idle = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, fused: idle)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)  # wants a real one
+    monkeypatch.setattr(net, "environment", lambda device: {})
+    monkeypatch.setattr(net.Run, "check_finite", lambda run: None)
+    monkeypatch.setattr(net, "make_model", on_gpu)
+    with FakeTensorMode() as mode:
+        yield lambda *data: [
+            TensorDataset(*(mode.from_tensor(part).to("cuda") for part in split.tensors))
+            for split in data
+        ]
+
+
+@pytest.mark.parametrize("flags", [["--with_reconstruction"], ["--model", "baseline"]])
+def test_no_step_waits_for_a_gpu_or_mixes_it_with_the_cpu(start, data, pretended_gpu, flags):
+    training, test = pretended_gpu(*data)
+    run = start(training, "--batch-size", "24", "--log-interval", "1000", *flags)
+    net.train_epoch(run, training, NEVER)
+    sums = net.evaluate(run.model, test, 24)
+    for tensor in (run.sums, run.bad_steps, run.lr, sums):
+        assert tensor.device.type == "cuda"
+    assert run.step == 3
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 0.1), (500, 0.01), (1000, 0.001)])
