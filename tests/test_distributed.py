@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 from argparse import Namespace
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import TINY, relative_error, run_net, start_net
+from helpers import REPOSITORY, TINY, relative_error, run_net, start_net
 from torch.utils.data import TensorDataset
 
 import net
@@ -132,3 +134,13 @@ def test_failure_of_one_process_ends_both(fashion, tmp_path):
     processes = start_two(*ARGUMENTS, "--data-dir", fashion, "--output-dir", tmp_path)
     statuses, _ = finish(processes)
     assert statuses[0] == 1 and statuses[1] != 0
+
+
+def test_torchrun_trains_two_processes(fashion, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "net.py", "--dataset", "FashionMNIST"]
+    command += ["--epochs", "1", "--data-dir", fashion, "--output-dir", tmp_path / "run"]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("result") == 1
+    assert history(tmp_path / "run")[0]["step"] == 1
