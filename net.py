@@ -465,7 +465,7 @@ def read_image(file, channels, size):
     digit = digit.resize(sides, Image.Resampling.BILINEAR)
     mass = to_tensor(digit)[0]  # (height, width)
     if contrast < 32 or not mass.any():
-        raise Failure(f"{file} is empty: nothing in it differs from its border")
+        raise Failure(f"{file} is empty: too little in it differs from its border")
     y, x = (torch.arange(float(n)) @ mass.sum(1 - k) / mass.sum() for k, n in enumerate(mass.shape))
     canvas = Image.new("L", (size, size))
     canvas.paste(digit, (round(size / 2 - x.item()), round(size / 2 - y.item())))
@@ -539,6 +539,8 @@ def train_epoch(run, data, stop):
         run.sums += train_step(run.objective, run.optimizer, images, labels)
         run.bad_steps += ~run.sums[0].isfinite()
         run.step += 1
+        if stop.agreed():
+            break
         if run.step % args.log_interval == 0:
             run.check_finite()
             done, loss = int(run.sums[4]), (run.sums[0] / run.sums[4]).item()
@@ -549,8 +551,6 @@ def train_epoch(run, data, stop):
                 left = tqdm.format_interval((len(data) - done) / rate)
                 progress = f"{done}/{len(data)} images, {rate:.0f} images/s, {left} left"
                 print(f"{title}  loss {loss:.4f}  {progress}", flush=True)
-        if stop.agreed():
-            break
     bar.close()
     run.check_finite()
     run.seconds += time.perf_counter() - started
@@ -868,7 +868,7 @@ def parse_args(argv):
 def command(args, flag, value):
     """A command of this script, to be copied from the output."""
     more = ["--data-dir", args.data_dir] * (args.data_dir != "data") + ["--no-cuda"] * args.no_cuda
-    parts = ["python", "net.py", flag, str(value), *more]
+    parts = ["python", sys.argv[0], flag, str(value), *more]
     return shlex.join(part.replace(os.sep, "/") for part in parts)  # cmd.exe takes no quotes
 
 
@@ -980,7 +980,7 @@ def main(argv=None):
     try:
         args, *loaded = parse_args(argv)
         return start(args, *loaded)
-    except Failure as failure:
+    except (Failure, OSError, UnicodeEncodeError) as failure:  # such as a closed pipe
         reason = failure
     except (MemoryError, RuntimeError) as error:
         signs = ("MemoryError", "out of memory", "CPUAllocator", "bad_alloc", "ALLOC_FAILED")

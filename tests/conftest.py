@@ -1,5 +1,7 @@
 """Fixtures that several tests share."""
 
+import sys
+
 import pytest
 import torch
 from helpers import TINY, write_fashion
@@ -7,6 +9,12 @@ from helpers import TINY, write_fashion
 import net
 
 torch.set_num_threads(1)  # more threads wait for each other where cores are busy
+
+
+@pytest.fixture(autouse=True)
+def script(monkeypatch):
+    """What runs is called net.py, as in README's commands."""
+    monkeypatch.setattr(sys, "argv", ["net.py"])
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pickle
 import random
 import shlex
 import signal
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -139,6 +140,28 @@ def test_signal_saves_in_mid_epoch(train, interrupt):
     interrupt("train_step", 6, signal.SIGTERM)
     saved = checkpoint(train(status=143))
     assert (saved["epoch"], saved["step"], saved["totals"]["images"]) == (1, 6, 32)
+
+
+class Closed(io.StringIO):
+    """An output that nobody reads any longer."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_signal_saves_though_it_ended_the_reader_of_the_output_too(
+    train, interrupt, monkeypatch, capsys
+):
+    note = net.Stop.note
+
+    def note_and_close(stop, *args):
+        note(stop, *args)
+        monkeypatch.setattr(sys, "stdout", Closed())
+
+    monkeypatch.setattr(net.Stop, "note", note_and_close)
+    interrupt("train_step", 6, signal.SIGINT)
+    assert checkpoint(train("--log-interval", 1, status=1))["step"] == 6
+    assert capsys.readouterr().err == "net.py: [Errno 32] Broken pipe\n"
 
 
 def test_command_printed_on_a_signal_completes_the_run(train, interrupt, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 import torch
-from helpers import REPOSITORY, write_fashion
+from helpers import REPOSITORY, run_net, write_fashion
 from PIL import Image
 from torch import nn
 
@@ -718,6 +718,19 @@ def test_printed_command_has_no_backslash_on_windows(monkeypatch):
     args = argparse.Namespace(data_dir=r"my\data", no_cuda=False)
     printed = net.command(args, "--resume", PureWindowsPath(r"runs\x"))
     assert printed == "python net.py --resume runs/x --data-dir my/data"
+
+
+def test_printed_command_calls_the_script_as_it_was_called(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["../capsnet/net.py", "--epochs", "1"])
+    args = argparse.Namespace(data_dir="data", no_cuda=False)
+    assert net.command(args, "--resume", "x") == "python ../capsnet/net.py --resume x"
+
+
+def test_name_that_the_output_cannot_show_is_named_in_one_line(fashion, tmp_path):
+    argv = ["--dataset", "FashionMNIST", "--data-dir", fashion, "--output-dir", tmp_path / "ü"]
+    ended = run_net(*argv, env={"PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 1
+    assert re.fullmatch(r"net\.py: 'ascii' codec can't encode .*\n", ended.stderr)
 
 
 # ---- Commands in the texts -------------------------------------------------------------------
