@@ -892,7 +892,7 @@ def print_result(run, name):
     """The last epoch's error beside the paper's, and what can be done next."""
     args, last = run.args, run.history[-1]
     error, wrong = last[f"{name}_error"], last[f"{name}_wrong"]
-    print(f"result     {error:.2f}% {name} error ({wrong} wrong) after {last['epoch']} epochs")
+    print(f"result     {error:.2f}% {name} error ({wrong} wrong) after epoch {last['epoch']}")
     row = (args.model, args.routing_iterations, args.with_reconstruction)
     if args.dataset == "MNIST" and not args.validation and row in TABLE_1:
         print(f"paper      {TABLE_1[row]}% (Table 1, mean of 3 trials)")

@@ -124,9 +124,6 @@ def test_loss_in_the_log_is_the_mean_over_the_examples(main, losses):
     assert entry["train_loss"] == pytest.approx(mean, rel=1e-6)
 
 
-# ---- Learning rate ---------------------------------------------------------------------------
-
-
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """Call it with TensorDatasets to have them on a GPU, where tensors have sizes but no numbers.
@@ -161,6 +158,9 @@ def test_no_step_waits_for_a_gpu_or_mixes_it_with_the_cpu(start, data, pretended
     for tensor in (run.sums, run.bad_steps, run.lr, sums):
         assert tensor.device.type == "cuda"
     assert run.step == 3
+
+
+# ---- Learning rate ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 0.1), (500, 0.01), (1000, 0.001)])
