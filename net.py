@@ -88,20 +88,20 @@ def routing(u, weight, iterations):
 
     A prediction u_hat is linear in u, so it need not be stored (it would be B x I x J x E):
     s_j = sum_i c_ij u_hat_{j|i} = sum_i (c_ij u_i) W_ij and u_hat_{j|i} . v_j = u_i . (W_ij v_j).
-    The last update of b, which cannot change v, is skipped. Products are made in the precision
-    of u and weight; logits, softmax and squash in at least float32.
+    The last update of b, which cannot change v, is skipped. Products and their sums are made in
+    the precision of u and weight; logits, softmax and squash in at least float32.
     """
     J, I, D, E = weight.shape
     W = weight.transpose(1, 2).flatten(1, 2)  # (J, D*I, E)
     u = u.mT.contiguous()  # (B, D, I)
-    b = at_least_fp32(u.new_zeros(J, len(u), I))  # (J, B, I)  CHOICE 3
+    b = at_least_fp32(u.new_zeros(J, u.shape[0], I))  # (J, B, I)  CHOICE 3
     for iteration in range(iterations):
         c = b.softmax(dim=0)  # (J, B, I), over the parents (Eq. 3)
         s = torch.bmm((c.to(u.dtype).unsqueeze(2) * u).flatten(2), W)  # (J, B, E), Eq. 2
         v = squash(s)  # Eq. 1
         if iteration < iterations - 1:
             Wv = torch.bmm(v.to(u.dtype), W.mT).unflatten(2, (D, I))  # (J, B, D, I)
-            b = b + (u * Wv).sum(dim=2, dtype=b.dtype)  # (J, B, I)  CHOICE 4
+            b = b + (u * Wv).sum(dim=2)  # (J, B, I)  CHOICE 4
     return v.transpose(0, 1), c.permute(1, 2, 0)  # (B, J, E), (B, I, J)
 
 
@@ -117,6 +117,72 @@ def margin_loss(lengths, labels):
 
 
 # ---- Capsule layers (Sec. 4) -----------------------------------------------------------------
+def phases(x, stride, size):
+    """Cut a map into the parts that a stride tells apart: x[stride * p + a, stride * q + b].
+
+    x (N, N, B, C) -> (size * size, B, stride * stride * C): places (p, q), phases (a, b). Rows and
+    columns beyond stride * size are left out, those that are missing are zeros.
+    """
+    missing = stride * size - len(x)
+    if missing:
+        x = F.pad(x, (0, 0, 0, 0, 0, missing, 0, missing))
+    x = x.unflatten(1, (size, stride)).unflatten(0, (size, stride))  # (size, a, size, b, B, C)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 1)
+
+
+def spectral_conv2d(images, weight, stride):
+    """F.conv2d(images, weight, stride=stride) as a product of spectra: exact, with less arithmetic.
+
+    images (B, C, N, N), weight (O, C, K, K) -> (B, O, M, M). A convolution of stride s is a sum of
+    s x s convolutions of stride 1, one for each phase, with T = K / s taps each way (rounded up).
+    Its Fourier transform is one product per frequency, summed over phases and channels: a product
+    of matrices. The convolution is circular, but with a period of P = M + T - 1 places no result
+    that is kept goes round. Spectra of real numbers are known from half of the P x P frequencies.
+    For PrimaryCaps that makes 52 frequencies x 4 phases x 3 real products = 624 multiplications
+    for each pair of channels, instead of 36 places x 81 taps = 2916. That this is what is fast on
+    a CPU is shown by Zlateski et al., arXiv 1809.07851.
+    """
+    B, O = images.shape[0], weight.shape[0]
+    S = stride**2 * weight.shape[1]  # what is summed over: phases and channels
+    M = (images.shape[2] - weight.shape[2]) // stride + 1
+    T = math.ceil(weight.shape[2] / stride)
+    P = M + T - 1
+
+    f = torch.cartesian_prod(torch.arange(P), torch.arange(P))
+    number, opposite = f @ torch.tensor([P, 1]), (-f % P) @ torch.tensor([P, 1])
+    times = 2 * (number < opposite) + 1 * (number == opposite)  # one of two opposites counts twice
+    f, times = f[times > 0], times[times > 0].double()  # (R, 2), (R,)
+
+    def waves(size):
+        """cos and sin (R, size * size) of each frequency at each of size x size places."""
+        places = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+        angles = 2 * math.pi / P * (f @ places.T).double()
+        return angles.cos(), angles.sin()
+
+    # The spectrum of the images is a - ib, that of the weight (turned round) c + id. Gauss needs
+    # three real products: k1 = (a - b) c, k2 = a (d - c), k3 = -b (c + d) make
+    # (a - ib)(c + id) = (k1 - k3) + i (k1 + k2).
+    x = phases(images.permute(2, 3, 0, 1), stride, P).flatten(1)  # (P*P, B*S)
+    a, b = waves(P)
+    x = torch.cat([a - b, a, -b]).to(x) @ x  # (3R, B*S)
+
+    w = phases(weight.permute(2, 3, 1, 0).flatten(2).unsqueeze(2), stride, T).flatten(1)
+    c, d = waves(T)
+    w = torch.cat([c, d - c, c + d]).to(w) @ w  # (3R, S*O)
+
+    k = torch.bmm(x.unflatten(1, (B, S)), w.unflatten(1, (S, O))).flatten(1)  # (3R, B*O)
+
+    # Back to places: the real part of the spectrum times cos + i sin, over all frequencies.
+    cos, sin = (wave * times.unsqueeze(1) / P**2 for wave in waves(M))
+    y = torch.cat([cos - sin, -sin, -cos]).to(k).T @ k  # (M*M, B*O)
+    return y.view(M, M, B, O).permute(2, 3, 0, 1)
+
+
+def lay_channels_last(conv):
+    """Have a convolution's weight, and so its result, channels last in memory; shapes stay."""
+    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+
+
 class PrimaryCaps(nn.Module):
     """Primary capsules (Sec. 4): a convolution whose output is cut into capsules, then squashed.
 
@@ -126,11 +192,20 @@ class PrimaryCaps(nn.Module):
     def __init__(self, in_channels=256, types=32, dim=8, kernel_size=9, stride=2):
         super().__init__()
         self.dim = dim
+        self.stride = stride
         self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride)
+        # Taps first in memory, where spectral_conv2d cuts them into phases; the shape stays.
+        weight = self.conv.weight
+        weight.data = weight.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
     def forward(self, features):
-        """features (B, channels, H, W) -> u (B, I, D), I = grid places x types."""
-        x = self.conv(features).permute(0, 2, 3, 1)  # (B, H', W', types*D)
+        """features (B, channels, N, N) -> u (B, I, D), I = grid places x types."""
+        if features.device.type == "cpu":
+            weight = self.conv.weight.to(features.dtype)
+            x = spectral_conv2d(features, weight, self.stride).permute(0, 2, 3, 1)
+            x = x + self.conv.bias
+        else:
+            x = self.conv(features).permute(0, 2, 3, 1)  # (B, M, M, types*D)
         return squash(x.flatten(1).unflatten(1, (-1, self.dim)))  # (B, I, D)  CHOICE 7  CHOICE 8
 
 
@@ -228,6 +303,7 @@ class CapsNet(nn.Module):
             raise ValueError(f"images of {image_size} px are too small for two convolutions")
         I, J, D, E = grid**2 * primary_types, num_classes, primary_dim, digit_dim
         self.conv1 = nn.Conv2d(in_channels, conv_channels, kernel_size)
+        lay_channels_last(self.conv1)
         self.primary_caps = PrimaryCaps(conv_channels, primary_types, D, kernel_size)
         self.digit_caps = DigitCaps(I, D, J, E, routing_iterations)
         self.reconstruction_weight = 0.0005
@@ -236,7 +312,7 @@ class CapsNet(nn.Module):
 
     def primary(self, images):
         """images (B, C, H, W) in [0, 1] -> u (B, I, D), what is routed."""
-        return self.primary_caps(F.relu(self.conv1(images)))
+        return self.primary_caps(F.relu(self.conv1(images), inplace=True))
 
     def forward(self, images, labels=None):
         """images (B, C, H, W) in [0, 1], labels (B,) of the capsules that are drawn -> Output."""
@@ -263,6 +339,7 @@ class BaselineCNN(nn.Module):
         layers = []  # CHOICE 11
         for a, b in pairwise((in_channels, 256, 256, 128)):
             layers += [nn.Conv2d(a, b, 5, padding="same"), nn.ReLU()]
+            lay_channels_last(layers[-2])
         layers += [nn.Flatten(), nn.Linear(128 * image_size**2, 328), nn.ReLU()]
         layers += [nn.Linear(328, 192), nn.ReLU(), nn.Dropout(0.5), nn.Linear(192, num_classes)]
         self.layers = nn.Sequential(*layers)
@@ -502,9 +579,6 @@ class Objective(nn.Module):
     def __init__(self, model, precision):
         super().__init__()
         self.model, self.bf16 = model, precision == "bf16"
-        for module in model.modules():
-            if self.bf16 and isinstance(module, nn.Conv2d):  # channels last may slow fp32
-                module.to(memory_format=torch.channels_last)
 
     def forward(self, images, labels):
         """images (B, C, H, W), labels (B,) -> the loss, and what the batch adds to the SUMS."""
@@ -696,6 +770,9 @@ class Run:
         self.optimizer = torch.optim.Adam(model.parameters(), self.lr, fused=True)  # CHOICE 12
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for parameter, state in self.optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):  # fused Adam wants them laid out alike
+                    state[name] = torch.empty_like(parameter).copy_(state[name])
             self.optimizer.param_groups[0]["lr"] = self.lr
         else:
             checkpoint = dict(epoch=0, step=0, history=[], totals=dict.fromkeys(TOTALS, 0.0))
