@@ -1,7 +1,6 @@
 """The notebook: what it shows of a small checkpoint, and the copy that is kept."""
 
 import ast
-import json
 import re
 import shlex
 
@@ -11,14 +10,19 @@ import torch
 from helpers import REPOSITORY, TINY, write_fashion, write_idx
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 import net
 
 NOTEBOOK = REPOSITORY / "reconstruction_visualization.ipynb"
 IMAGES = REPOSITORY / "images"
 SMALL = f"import net\n\nnet.CapsNet.__init__.__kwdefaults__.update({TINY})"
-KEPT = ("figure_3", "figure_4", "shown", "deltas", "mistakes", "easy", "ambiguous", "routed")
+KEPT = (
+    *("figure_3", "figure_4", "shown", "deltas", "named", "mistakes", "gallery"),
+    *("easy", "ambiguous", "routed", "votes"),
+)
 KEEP = "torch.save({{name: globals()[name] for name in {}}}, {!r})"
+SLIDE = "with torch.enable_grad():  # as in a widget's callback\n    sliders['n0'].value = 0.3"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def test_images(fashion):
     return next(net.batches(data, len(data)))
 
 
-def execute(folder, checkpoint, data_dir):
+def execute(folder, checkpoint, data_dir, **parameters):
     """(notebook, variables, error) after its cells have run, in `folder`, with a tiny CapsNet."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
@@ -60,15 +64,17 @@ def execute(folder, checkpoint, data_dir):
             cell.outputs, cell.execution_count = [], None
     keep = KEEP.format(KEPT, str(folder / "kept.pt"))
     new = nbformat.v4.new_code_cell
-    notebook.cells = [new(SMALL), *notebook.cells, new(keep)]
+    notebook.cells = [new(SMALL), *notebook.cells, new(SLIDE), new(keep)]
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": f"{folder}"}})
+    parameters |= {"CHECKPOINT": checkpoint, "DATA_DIR": data_dir}
     error = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("CAPSNET_CHECKPOINT", str(checkpoint))
-        patch.setenv("CAPSNET_DATA_DIR", str(data_dir))
-        patch.setenv("CAPSNET_IMAGES", str(folder / "images"))
+        for name in ("IMAGES", "OWN_IMAGE", "RESULTS"):
+            patch.delenv(f"CAPSNET_{name}", raising=False)
+        for name, value in parameters.items():
+            patch.setenv(f"CAPSNET_{name}", str(value))
         try:
             client.execute()
         except CellExecutionError as stopped:
@@ -84,22 +90,27 @@ def executed(checkpoint, fashion, tmp_path_factory):
     content = torch.load(checkpoint)
     content["args"]["epochs"] = 5
     torch.save(content, folder / "unfinished.pt")
-    notebook, variables, error = execute(folder, folder / "unfinished.pt", fashion)
+    places = {"IMAGES": folder / "images", "RESULTS": REPOSITORY / "results"}
+    notebook, variables, error = execute(folder, folder / "unfinished.pt", fashion, **places)
     assert error is None, error
     return notebook, variables, folder
 
 
 @pytest.fixture(scope="module")
 def flawless(model, checkpoint, test_images, tmp_path_factory):
-    """The notebook, executed on test images that are labelled as the model classifies them."""
+    """(notebook, folder) for test images that are labelled as the model classifies them.
+
+    No folder is named for the figures, none of runs is there, and the own image is a text file.
+    """
     folder = tmp_path_factory.mktemp("flawless")
     data = write_fashion(folder / "data")
     labels = model(test_images[0]).lengths.argmax(dim=1)
     raw = data / "FashionMNIST" / "raw"
     write_idx(raw / "t10k-labels-idx1-ubyte", labels.to(torch.uint8))
-    notebook, _, error = execute(folder, checkpoint, data)
+    (folder / "text.txt").write_text("not an image")
+    notebook, _, error = execute(folder, checkpoint, data, OWN_IMAGE="text.txt")
     assert error is None, error
-    return notebook
+    return notebook, folder
 
 
 def printed(notebook):
@@ -109,12 +120,16 @@ def printed(notebook):
 
 
 def without_pictures(notebook):
-    """The notebook as text, but for the pictures in its outputs."""
-    notebook = json.loads(nbformat.writes(notebook))
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            output.get("data", {}).pop("image/png", None)
-    return json.dumps(notebook)
+    """The notebook as text, but for the pictures in its outputs and widgets."""
+    return re.sub(r'"image/png": "[^"]*"', "", nbformat.writes(notebook))
+
+
+def slid_outputs(notebook):
+    """The types of what the sliders' picture holds after one was moved."""
+    state = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    models = [model["state"] for model in state.values() if model["model_name"] == "OutputModel"]
+    found = [output for model in models for output in model["outputs"]]
+    return [kind for output in found for kind in output.get("data", [output["output_type"]])]
 
 
 def has_warnings(notebook):
@@ -126,6 +141,11 @@ def has_warnings(notebook):
 def test_it_draws_the_images_that_are_kept(executed):
     names = {file.name for file in (executed[2] / "images").iterdir()}
     assert names == {file.name for file in IMAGES.iterdir()}
+
+
+def test_it_writes_no_file_unless_asked(flawless):
+    names = {file.name for file in flawless[1].iterdir()}
+    assert names == {"data", "text.txt", "kept.pt"}  # what the test itself puts there
 
 
 def test_it_gives_no_warnings(executed):
@@ -181,6 +201,16 @@ def test_zero_column_of_figure_4_is_the_plain_reconstruction(executed, model, te
     torch.testing.assert_close(rows[:, 5], plain.expand_as(rows[:, 5]), rtol=0, atol=1e-5)
 
 
+def test_no_class_has_two_named_rows(executed, test_images):
+    classes = [int(test_images[1][n]) for n, _ in executed[1]["named"].values()]
+    assert len(classes) == 6 and len(set(classes)) == 6
+
+
+def test_slider_redraws_the_picture(executed):
+    kinds = slid_outputs(executed[0])
+    assert "image/png" in kinds and "error" not in kinds
+
+
 @torch.no_grad()
 def test_routing_is_shown_after_1_2_and_3_iterations(executed, model, test_images):
     routed = executed[1]["routed"]
@@ -191,22 +221,43 @@ def test_routing_is_shown_after_1_2_and_3_iterations(executed, model, test_image
     assert set(routed) == {(executed[1][k], r) for k in ("easy", "ambiguous") for r in (1, 2, 3)}
 
 
+@torch.no_grad()
+def test_votes_for_a_capsule_add_up_to_the_product_of_the_lengths_of_s_and_v(executed, model):
+    for n, votes in executed[1]["votes"].items():
+        v = executed[1]["routed"][n, model.digit_caps.routing_iterations][0]
+        s = (v / (1 - v)).sqrt()  # Eq. 1: v = s**2 / (1 + s**2)
+        torch.testing.assert_close(votes.sum(dim=(0, 1)), s * v, rtol=1e-3, atol=1e-5)
+
+
+def test_every_mistake_is_shown(executed):
+    assert sorted(executed[1]["gallery"]) == executed[1]["mistakes"]
+
+
 def test_model_without_mistakes_is_drawn_too(flawless):
-    assert "(0 of 40 wrong)" in printed(flawless) and not has_warnings(flawless)
+    assert "(0 of 40 wrong)" in printed(flawless[0]) and not has_warnings(flawless[0])
 
 
 def test_complete_run_is_not_called_unfinished(flawless):
-    assert "not complete" not in printed(flawless)
+    assert "not complete" not in printed(flawless[0])
+
+
+def test_own_file_that_is_no_image_is_named_in_a_line(flawless):
+    assert "text.txt" in printed(flawless[0])
+
+
+def test_folder_without_runs_is_named_in_a_line(flawless):
+    assert "no runs on MNIST in results" in printed(flawless[0])
 
 
 def test_error_that_differs_from_the_recorded_one_is_said(flawless):
-    assert "The two differ" in printed(flawless)
+    assert "The two differ" in printed(flawless[0])
 
 
 def stopped_at(notebook):
     """The source of the cell that raised an error."""
-    types = ["error" in [o.output_type for o in c.get("outputs", [])] for c in notebook.cells]
-    return notebook.cells[types.index(True)].source
+    for cell in notebook.cells:
+        if "error" in [output.output_type for output in cell.get("outputs", [])]:
+            return cell.source
 
 
 def trains_a_usable_model(text):
@@ -283,6 +334,80 @@ def test_kept_copy_shows_the_pretrained_file(kept):
     assert all(f"commit {start['commit']}" in printed(kept) for start in content["starts"])
 
 
-def test_words_under_a_figure_are_of_the_number_that_is_drawn(kept):
-    written = re.search(r"In this network it is number (\d+)", without_pictures(kept))
-    assert written and f"number drawn: {written[1]}\n" in printed(kept)
+def test_first_picture_comes_with_the_second_code_cell(kept):
+    first, second, *_ = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert not first.outputs
+    assert "image/png" in second.outputs[0].data
+
+
+def test_lines_of_prose_are_within_100_columns(kept):
+    prose = [cell.source for cell in kept.cells if cell.cell_type == "markdown"]
+    assert [line for text in prose for line in text.splitlines() if len(line) > 100] == []
+
+
+def test_values_of_the_paper_are_those_of_table_1(tree):
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    (paper,) = [node.value for node in assigned if ast.unparse(node.targets[0]) == "PAPER"]
+    expected = {row: float(text.split()[0]) for row, text in net.TABLE_1.items()}
+    assert ast.literal_eval(paper) == expected
+
+
+# ---- how it names the rows of Figure 4 -------------------------------------------------------
+@pytest.fixture(scope="module")
+def measure(kept):
+    """The notebook's measures of images (C, 28, 28), taken from its cell."""
+    cell = next(cell.source for cell in kept.cells if "def measure" in cell.source)
+    names = {"torch": torch, "images": torch.zeros(1, 1, 28, 28)}
+    exec(cell, names)
+    return names["measure"]
+
+
+def bar(width=4, height=16, top=6):
+    """An image (1, 28, 28) of an upright bar."""
+    image = torch.zeros(1, 28, 28)
+    image[:, top : top + height, 10 : 10 + width] = 1
+    return image
+
+
+def test_bar_of_twice_the_breadth_has_a_thicker_stroke(measure):
+    thin, thick = (measure(bar(width))["stroke thickness"] for width in (2, 4))
+    assert 1.5 * thin < thick < 2.1 * thin
+
+
+def test_fainter_bar_has_the_same_stroke_thickness(measure):
+    strong, faint = (measure(bar() * ink)["stroke thickness"] for ink in (1, 0.3))
+    torch.testing.assert_close(faint, strong)
+
+
+def test_bar_of_twice_the_breadth_has_twice_the_width(measure):
+    narrow, wide = (measure(bar(width))["width"] for width in (4, 8))
+    torch.testing.assert_close(wide, 2 * narrow, rtol=0.05, atol=0)
+
+
+def test_bar_of_twice_the_height_has_twice_the_height(measure):
+    low, high = (measure(bar(height=height))["height"] for height in (8, 16))
+    torch.testing.assert_close(high, 2 * low, rtol=0.05, atol=0)
+
+
+def test_diagonal_that_leans_to_the_right_has_a_slant_of_45_degrees(measure):
+    image = torch.eye(28).flip(1).unsqueeze(0)
+    torch.testing.assert_close(measure(image)["slant"], torch.tensor(45.0))
+
+
+def test_slant_changes_no_width(measure):
+    image = torch.zeros(1, 28, 28)
+    for row in range(12):
+        image[:, 6 + row, 14 - row : 18 - row] = 1
+    upright = measure(bar(height=12))["width"]
+    torch.testing.assert_close(measure(image)["width"], upright, rtol=1e-4, atol=0)
+
+
+def test_bar_that_is_moved_down_by_3_pixels_has_a_position_greater_by_3(measure):
+    above, below = (measure(bar(top=top))["position"] for top in (2, 5))
+    torch.testing.assert_close(below, above + 3)
+
+
+# ---- the pictures ----------------------------------------------------------------------------
+@pytest.mark.parametrize("file", sorted(IMAGES.iterdir()), ids=lambda file: file.name)
+def test_background_of_a_picture_is_transparent(file):
+    assert Image.open(file).convert("RGBA").getpixel((0, 0))[3] == 0
