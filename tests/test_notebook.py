@@ -17,6 +17,7 @@ import net
 NOTEBOOK = REPOSITORY / "reconstruction_visualization.ipynb"
 IMAGES = REPOSITORY / "images"
 SMALL = f"import net\n\nnet.CapsNet.__init__.__kwdefaults__.update({TINY})"
+README = (REPOSITORY / "README.md").read_text()
 KEPT = (
     *("figure_3", "figure_4", "shown", "deltas", "named", "mistakes", "gallery"),
     *("easy", "ambiguous", "routed", "votes"),
@@ -411,3 +412,14 @@ def test_bar_that_is_moved_down_by_3_pixels_has_a_position_greater_by_3(measure)
 @pytest.mark.parametrize("file", sorted(IMAGES.iterdir()), ids=lambda file: file.name)
 def test_background_of_a_picture_is_transparent(file):
     assert Image.open(file).convert("RGBA").getpixel((0, 0))[3] == 0
+
+
+@pytest.mark.parametrize("text, place", re.findall(r"!\[(.*?)\]\((.*?)\)", README, re.DOTALL))
+def test_picture_in_readme_is_there_and_has_an_alternative_text(text, place):
+    assert (REPOSITORY / place).is_file() and len(text.split()) > 5
+
+
+def test_command_of_readme_writes_to_no_tracked_file():
+    for line in README.splitlines():
+        if "jupyter execute" in line:
+            assert "--inplace" not in line and "CAPSNET_IMAGES=runs/" in line
