@@ -55,10 +55,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import TensorDataset
-from torchvision.transforms.functional import pil_to_tensor, to_tensor
+from torchvision.transforms.functional import resize, to_tensor
 from tqdm import tqdm
 
 
@@ -517,36 +517,132 @@ def batches(data, batch_size, order=None, shifts=None, first=0):
         yield images.float() / 255, labels  # CHOICE 13
 
 
+def open_image(file):
+    """A user's image in RGB, upright; where it is transparent, on white, white ink on black.
+
+    Raises Failure if the file is no image.
+    """
+    try:
+        with Image.open(file) as opened:
+            image = opened.copy()
+        with contextlib.suppress(Exception):  # EXIF may be broken where the image is not
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = image.convert("I").point(lambda value: value / 257)
+        image = image.convert("RGBA")
+    except UnidentifiedImageError as error:
+        raise Failure(f"{file} is no image that Pillow can read") from error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Failure(f"{file} cannot be read as an image: {reason}") from error
+
+    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    on_black = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    darkest, _ = on_white.convert("L").getextrema()
+    return (on_black if darkest > 223 else on_white).convert("RGB")
+
+
+def flood(level, limit):
+    """Spread bright pixels over their neighbours, as far as `limit` lets them.
+
+    level (H, W), limit (H, W) -> (H, W), the level when nothing changes any more.
+    """
+    while True:
+        spread = F.max_pool2d(level.unsqueeze(0), 3, stride=1, padding=1)[0].minimum(limit)
+        if torch.equal(spread, level):
+            return level
+        level = spread
+
+
+def find_ink(image):
+    """How far each pixel stands out from the paper: (H, W) in [0, 1], at most 200 x 200."""
+    grey = image.convert("L")
+    grey.thumbnail((200, 200), Image.Resampling.BOX)
+
+    # There is less ink than paper, so ink differs more from what is around it. Make it bright.
+    around = grey.filter(ImageFilter.BoxBlur(max(grey.size) / 7))
+    difference = to_tensor(grey)[0] - to_tensor(around)[0]
+    if (difference * difference.abs()).sum() < 0:
+        grey = ImageOps.invert(grey)
+    grey = to_tensor(grey)[0]
+
+    # Flood the image from its border. Paper, shadows, printed lines and a table around the paper
+    # go under. What rises above the flood is ink.
+    border = torch.ones_like(grey)
+    border[1:-1, 1:-1] = 0
+    ink = grey - flood(grey * border, grey)
+
+    # If little rises, the digit itself touches the border and went under: take one level for all.
+    if ink.max() < 0.4 * (grey.max() - grey.min()):
+        ink = (grey - grey[border.bool()].median()).clamp(min=0)
+    return ink
+
+
+def otsu(values):
+    """Otsu's threshold: values in [0, 1], cut there, make the two classes that differ most."""
+    counts = torch.histc(values, bins=256, min=0, max=1)
+    sums = (counts * torch.arange(256)).cumsum(0)
+    below = counts.cumsum(0)
+    above = values.numel() - below
+    mean_below = sums / below.clamp(min=1)
+    mean_above = (sums[-1] - sums) / above.clamp(min=1)
+    return (below * above * (mean_above - mean_below) ** 2).argmax() / 255
+
+
+def find_digit(ink):
+    """Which pixels are the digit's, not of specks or of a frame: (H, W) -> (H, W) bool."""
+    mask = ink > otsu(ink) / 2
+
+    # Number the pixels; the largest number of each connected part floods it.
+    numbers = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask
+    numbers = flood(numbers, mask.float() * mask.numel()).long()
+
+    # Parts with less than a tenth of the largest one's ink are specks.
+    weights = torch.bincount(numbers.flatten(), (ink * mask).flatten())
+    parts = [numbers == number for number in (weights > weights.max() / 10).nonzero()]
+
+    # A part that goes around another one on all sides is a frame.
+    corners = []
+    for part in parts:
+        rows, columns = part.nonzero().unbind(1)
+        corners.append([rows.min(), columns.min(), -rows.max(), -columns.max()])
+    corners = torch.tensor(corners)  # (parts, 4)
+    surrounds = (corners.unsqueeze(1) < corners).all(dim=2)  # (parts, parts)
+    return torch.stack(parts)[~surrounds.any(dim=1)].any(dim=0)
+
+
 def read_image(file, channels, size):
     """A user's image, prepared as MNIST's were: (1, C, H, W) in [0, 1].
 
     Bright on dark, the digit scaled to fit 20 of 28 pixels, its centre of mass in the middle; in
     colour, only scaled. Raises Failure if the file is no image, or an empty one.
     """
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert("I").point(lambda p: p / 257) if "I" in opened.mode else opened
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-    except Exception as error:
-        raise Failure(f"{file} cannot be read as an image: {error}") from error
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = open_image(file)
     if channels == 3:
-        return to_tensor(image.convert("RGB").resize((size, size))).unsqueeze(0)
-    grey = pil_to_tensor(image.convert("L"))[0].int()  # (height, width)
-    border = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).median()
-    ink = Image.fromarray((grey - border).abs().byte().numpy())
-    contrast, ink = ink.getextrema()[1], ImageOps.autocontrast(ink)
-    digit = ink.crop(ink.point(lambda p: p > 50 and p).getbbox())
-    scale = round(size * 20 / 28) / max(digit.size)
-    sides = [max(1, round(side * scale)) for side in digit.size]
-    digit = digit.resize(sides, Image.Resampling.BILINEAR)
-    mass = to_tensor(digit)[0]  # (height, width)
-    if contrast < 32 or not mass.any():
-        raise Failure(f"{file} is empty: too little in it differs from its border")
-    y, x = (torch.arange(float(n)) @ mass.sum(1 - k) / mass.sum() for k, n in enumerate(mass.shape))
-    canvas = Image.new("L", (size, size))
-    canvas.paste(digit, (round(size / 2 - x.item()), round(size / 2 - y.item())))
-    return to_tensor(canvas).unsqueeze(0)
+        return to_tensor(image.resize((size, size))).unsqueeze(0)
+    ink = find_ink(image)
+    if ink.max() < 0.08:
+        raise Failure(f"{file} is empty: nothing in it stands out from the paper")
+
+    # Cut out the digit, with the soft edges of its strokes, at full contrast.
+    digit = find_digit(ink)
+    with_edges = F.max_pool2d(digit.float().unsqueeze(0), 3, stride=1, padding=1)[0]
+    ink = (ink / ink[digit].max() * with_edges).clamp(max=1)
+    rows, columns = (ink > 0.2).nonzero().unbind(1)
+    ink = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+
+    # Scale its longer side to 20 of 28 pixels. Thin strokes become pale, so stretch again.
+    scale = round(size * 20 / 28) / max(ink.shape)
+    height, width = (max(1, round(side * scale)) for side in ink.shape)
+    ink = resize(ink.unsqueeze(0), [height, width], antialias=True)[0]
+    ink = ink / ink.max()
+
+    # Put its centre of mass into the middle.
+    down = ink.sum(dim=1) @ torch.arange(float(height)) / ink.sum()
+    right = ink.sum(dim=0) @ torch.arange(float(width)) / ink.sum()
+    top = min(max(round(size / 2 - down.item()), 0), size - height)
+    left = min(max(round(size / 2 - right.item()), 0), size - width)
+    return F.pad(ink, (left, size - width - left, top, size - height - top)).view(1, 1, size, size)
 
 
 # ---- Training --------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Images of one's own, made like the data set's."""
 
+import drawings
 import numpy as np
 import pytest
 import torch
+from helpers import REPOSITORY
 from PIL import Image, ImageDraw
 
 import net
@@ -169,3 +171,90 @@ def test_image_cut_off_is_refused_by_name(file):
 def test_missing_image_is_refused_by_name(file):
     with pytest.raises(net.Failure, match="digit.png"):
         net.read_image(file, 1, 28)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
+def test_broken_exif_is_tolerated(file, four, exif):
+    with Image.open(draw(file)) as image:
+        image.save(file, exif=exif)
+    assert torch.equal(net.read_image(file, 1, 28), four)
+
+
+def test_white_ink_on_transparency_reads_like_black(file, four):
+    transparent = draw(file, paper=(0, 0, 0, 0), ink="white", mode="RGBA")
+    assert (net.read_image(transparent, 1, 28) - four).abs().max() < 1e-5
+
+
+def test_one_grey_pixel_changes_nothing(file, four):
+    with Image.open(draw(file)) as image:
+        image.putpixel((3, 195), (90, 90, 90))
+        image.save(file)
+    assert torch.equal(net.read_image(file, 1, 28), four)
+
+
+def test_digit_cut_close_is_read_like_one_with_margins(file, four):
+    with Image.open(draw(file)) as image:
+        image.crop(image.getbbox()).save(file)
+    assert difference(net.read_image(file, 1, 28), four) < 0.2
+
+
+def test_stroke_that_is_thin_becomes_bright(file):
+    drawings.draw(2, seed=1, side=700, pen=0.01).save(file)
+    assert net.read_image(file, 1, 28).max() == 1
+
+
+# ---- What is around the digit ----------------------------------------------------------------
+def read(image, file):
+    """A drawing, saved and read."""
+    image.save(file, exif=image.getexif())
+    return net.read_image(file, 1, 28)
+
+
+@pytest.mark.parametrize("way", ["a hard shadow", "a soft shadow", "a vignette", "falling light"])
+def test_shadow_is_no_ink(file, way):
+    alone = read(drawings.draw(4, seed=1), file)
+    assert difference(read(drawings.WAYS[way](4, seed=1), file), alone) < 0.25
+
+
+@pytest.mark.parametrize(("way", "turn"), [("a dark table", 0), ("a wooden table", 5)])
+def test_table_around_the_paper_is_no_ink(file, way, turn):
+    paper = drawings.draw(4, seed=1, side=300).rotate(turn, fillcolor="white")
+    table = drawings.WAYS[way](4, seed=1)
+    assert difference(read(table, file), read(paper, file)) < 0.25
+
+
+@pytest.mark.parametrize("way", ["squared paper", "lined paper"])
+def test_printed_line_is_no_ink(file, way):
+    alone = read(drawings.draw(4, seed=1, pen=0.06), file)
+    assert difference(read(drawings.WAYS[way](4, seed=1), file), alone) < 0.3
+
+
+def test_frame_is_no_ink(file):
+    alone = read(drawings.draw(4, seed=1, height=0.5), file)
+    assert difference(read(drawings.framed(4, seed=1), file), alone) < 0.01
+
+
+def test_speck_is_no_ink(file):
+    alone = read(drawings.draw(4, seed=1, side=200, height=0.2, pen=0.1), file)
+    assert difference(read(drawings.with_speck(4, seed=1), file), alone) < 0.01
+
+
+# ---- What is said of it ----------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The pretrained network's lengths (29, 10) for 29 drawings, and the digits drawn (29,)."""
+    file = tmp_path_factory.mktemp("drawn") / "digit.png"
+    digits = torch.arange(len(drawings.WAYS)) % 10
+    images = [
+        read(way(digit, seed=1), file)
+        for way, digit in zip(drawings.WAYS.values(), digits.tolist(), strict=True)
+    ]
+    model, _ = net.load_checkpoint(REPOSITORY / "results" / "pretrained.pt")
+    with torch.no_grad():
+        return model.eval()(torch.cat(images)).lengths, digits
+
+
+def test_26_of_29_drawings_are_read_right(drawn):
+    lengths, digits = drawn
+    assert len(digits) == 29 and (lengths.argmax(dim=1) == digits).sum() >= 26
