@@ -43,6 +43,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 import zipfile
@@ -645,6 +646,17 @@ def read_image(file, channels, size):
     return F.pad(ink, (left, size - width - left, top, size - height - top)).view(1, 1, size, size)
 
 
+def shows_two_digits(image):
+    """Whether two parts of similar height stand side by side in an image (1, 1, H, W)."""
+    ink = image[0, 0] > 0.2  # (H, W)
+    for column in range(ink.shape[1]):
+        left = ink[:, :column].any(dim=1).sum()  # rows with ink
+        right = ink[:, column:].any(dim=1).sum()
+        if not ink[:, column].any() and min(left, right) > 0.7 * max(left, right):
+            return True
+    return False
+
+
 # ---- Training --------------------------------------------------------------------------------
 def learning_rate(step, total_steps, lr, decay):
     """The learning rate of a step: falls exponentially from lr to lr * decay (Sec. 4)."""
@@ -1076,12 +1088,28 @@ def print_result(run, name):
 
 
 def predict(model, args, device):
-    """Print the class of each of the user's images, and every class's score: its length."""
+    """Print the class of each of the user's images, and every class's score: its length.
+
+    Returns the exit status: 1 if an image was refused, else 0.
+    """
+    status = 0
     for file in args.predict:
-        image = read_image(file, args.in_channels, args.image_size).to(device)
+        try:
+            image = read_image(file, args.in_channels, args.image_size).to(device)
+        except Failure as failure:
+            print("net.py:", *str(failure).splitlines(), file=sys.stderr, flush=True)
+            status = 1
+            continue
         lengths = model.eval()(image).lengths[0].tolist()
-        print(f"{file}: {lengths.index(max(lengths))}")
-        print("   " + " ".join(f" {label}:{length:.2f}" for label, length in enumerate(lengths)))
+        longest = max(lengths)
+        print(f"{file}: {lengths.index(longest)}")
+        if args.model == "capsnet" and longest < 0.5:  # the baseline's logits say nothing of doubt
+            print(f"    not sure: the longest capsule has a length of {longest:.2f}, below 0.5")
+        if args.dataset == "MNIST" and shows_two_digits(image):
+            print("    two digits? Each image should show one")
+        scores = " ".join(f"{label}:{length:.2f}" for label, length in enumerate(lengths))
+        print(textwrap.indent(textwrap.fill(scores, 72), "    "), flush=True)
+    return status
 
 
 def start(args, model, checkpoint):
@@ -1096,8 +1124,7 @@ def start(args, model, checkpoint):
         args.precision = "bf16" if has_bf16(device) else "fp32"  # CHOICE 15
     name = "valid" if args.validation else "test"
     if args.predict:
-        predict(model.to(device), args, device)
-        return 0
+        return predict(model.to(device), args, device)
     kind = "baseline" if args.model == "baseline" else f"capsnet-r{args.routing_iterations}"
     kind += "-reconstruction" * args.with_reconstruction + "-validation" * bool(args.validation)
     folder = Path(args.resume or args.output_dir or f"runs/{args.dataset}-{kind}-seed{args.seed}")

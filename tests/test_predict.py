@@ -1,5 +1,7 @@
 """Images of one's own, made like the data set's."""
 
+from types import SimpleNamespace
+
 import drawings
 import numpy as np
 import pytest
@@ -258,3 +260,88 @@ def drawn(tmp_path_factory):
 def test_26_of_29_drawings_are_read_right(drawn):
     lengths, digits = drawn
     assert len(digits) == 29 and (lengths.argmax(dim=1) == digits).sum() >= 26
+
+
+def test_drawing_read_wrong_is_marked_as_doubtful(drawn):
+    lengths, digits = drawn
+    longest, prediction = lengths.max(dim=1)
+    assert (longest[prediction != digits] < 0.5).all()
+
+
+@pytest.fixture
+def said(file, capsys):
+    """What predict says of an image, of which the model says `scores`; and the exit status."""
+
+    def say(*files, scores=(0.9, 0.1), model="capsnet", dataset="MNIST"):
+        output = net.Output(None, torch.tensor([scores]), None)
+        network = torch.nn.Identity()
+        network.forward = lambda image: output
+        size = {"in_channels": 1, "image_size": 28}
+        args = SimpleNamespace(predict=files or [file], model=model, dataset=dataset, **size)
+        status = net.predict(network, args, torch.device("cpu"))
+        return *capsys.readouterr(), status
+
+    return say
+
+
+def test_long_capsule_is_not_doubted(said, file, four):
+    assert said(scores=(0.5, 0.1)) == (f"{file}: 0\n    0:0.50 1:0.10\n", "", 0)
+
+
+def test_short_capsule_is_doubted(said, four):
+    assert "not sure" in said(scores=(0.49, 0.1))[0]
+
+
+def test_logits_of_the_baseline_are_not_doubted(said, four):
+    assert "not sure" not in said(scores=(0.49, 0.1), model="baseline")[0]
+
+
+def test_logits_fit_80_columns(said, file, four):
+    lines = said(scores=[-123.45] * 10, model="baseline")[0].splitlines()
+    assert max(map(len, lines[1:])) <= 80
+
+
+def test_refused_image_does_not_end_the_command(said, file, four):
+    assert f"{file}: 0" in said("missing.png", file)[0]
+
+
+def test_refused_image_is_named(said, file, four):
+    assert "missing.png" in said("missing.png", file)[1]
+
+
+def test_refused_image_gives_exit_status_1(said, file, four):
+    assert said("missing.png", file)[2] == 1
+
+
+def two_digits(file):
+    """A 1 and a 7 side by side."""
+    image = Image.new("RGB", (440, 400), "white")
+    for digit, corner in ((1, (0, 40)), (7, (200, 60))):
+        image.paste(drawings.draw(digit, seed=1, side=240), corner)
+    image.save(file)
+
+
+def test_two_digits_are_warned_of(said, file):
+    two_digits(file)
+    assert "two digits?" in said()[0]
+
+
+def test_two_parts_are_no_two_digits_in_other_data_sets(said, file):
+    two_digits(file)
+    assert "two digits?" not in said(dataset="KMNIST")[0]
+
+
+@pytest.mark.parametrize("digit", range(10))
+def test_one_digit_is_not_taken_for_two(said, file, digit):
+    drawings.draw(digit, seed=2).save(file)
+    assert "two digits?" not in said()[0]
+
+
+def test_5_with_its_bar_apart_is_not_taken_for_two(said, file):
+    image = Image.new("L", (200, 200), "white")
+    canvas = ImageDraw.Draw(image)
+    canvas.line((80, 40, 75, 90), fill="black", width=10)
+    canvas.arc((50, 85, 125, 165), -110, 130, fill="black", width=10)
+    canvas.line((135, 38, 170, 36), fill="black", width=10)  # right of all the rest
+    image.save(file)
+    assert "two digits?" not in said()[0]
