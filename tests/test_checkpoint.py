@@ -248,9 +248,14 @@ def test_log_holds_these_keys(train):
     assert log(train())[0].keys() == sums | rest
 
 
-def test_readme_names_every_key_of_the_log(train):
-    readme = (REPOSITORY / "README.md").read_text()
+def test_readme_of_the_results_names_every_key_of_the_log(train):
+    readme = (REPOSITORY / "results" / "README.md").read_text()
     assert [name for name in log(train())[0] if f"`{name}`" not in readme] == []
+
+
+def test_readme_of_the_results_names_every_key_of_the_checkpoint(train):
+    readme = (REPOSITORY / "results" / "README.md").read_text()
+    assert [name for name in checkpoint(train()) if f"`{name}`" not in readme] == []
 
 
 def test_log_is_the_history(train):

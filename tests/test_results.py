@@ -1,6 +1,7 @@
-"""The numbers in README are those of the logs in results/."""
+"""The numbers in README and in results/README.md are those of the logs in results/."""
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -16,13 +17,24 @@ import net
 RESULTS = REPOSITORY / "results"
 README = (REPOSITORY / "README.md").read_text()
 LIST = (RESULTS / "README.md").read_text()
-# What may differ between the trials of a row.
+# What may differ between the runs of a row.
 FREE = {"seed", "log_interval", "test_batch_size", "compile", "epochs", *net.NOT_SAVED}
 
 
 def cells(line):
     """The cells of a Markdown table's line."""
     return [cell.strip(" *") for cell in line.strip("|").split("|")]
+
+
+def section(page, title):
+    """What stands under a heading of a page."""
+    return page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table(text):
+    """The lines of the first table in a text, in cells, without its head."""
+    lines = "\n".join(text.splitlines()).partition("\n|---")[2].splitlines()[1:]
+    return [cells(line) for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
 
 
 def read(folder):
@@ -32,9 +44,23 @@ def read(folder):
     return content["args"], content["starts"], [json.loads(line) for line in lines]
 
 
+def rows(text):
+    """(cells, commands) of each row of results in a text: commands stand below, in their order."""
+    code = text.replace("\\\n", " ").splitlines()
+    commands = [line.split("&&") for line in code if line.startswith("    python net.py ")]
+    return list(zip(table(text), commands, strict=True))
+
+
 RUNS = {file.parent.name: read(file.parent) for file in sorted(RESULTS.glob("*/args.json"))}
-SECTION = README.split("## Results\n")[1].split("\n## ")[0]
-ROWS = [cells(line) for line in SECTION.splitlines() if "`python net.py" in line]
+QUEUE = table(section(LIST, "Queue"))
+README_ROWS = rows(section(README, "Results"))
+ROWS = README_ROWS + rows(section(LIST, "Rows that are not in the README"))
+each_row = pytest.mark.parametrize("row, commands", ROWS, ids=[row[0] for row, _ in ROWS])
+
+
+def runs_of(row):
+    """The runs that a row links to."""
+    return {name: RUNS[name] for name in re.findall(r"\]\((?:results/)?([^)]+)/\)", row[-1])}
 
 
 def lengths(args, history):
@@ -46,75 +72,173 @@ def lengths(args, history):
     return list(dict.fromkeys(found))
 
 
-def trials(row):
-    """The complete runs that are trials of a row of README's table: what its commands make."""
-    first, *later = re.findall("`([^`]+)`", next(cell for cell in row if "python net.py" in cell))
+def is_made_by(run, commands):
+    """Whether a run is what a row's commands make, but for the seed: complete, with their flags."""
+    args, _, history = run
+    first, *later = commands
     wanted = vars(net.build_parser().parse_args(shlex.split(first)[2:]))
     epochs = [wanted["epochs"], *(int(command.split("--epochs ")[1]) for command in later)]
-    return {
-        name: (args, starts, history)
-        for name, (args, starts, history) in RUNS.items()
-        if len(history) == args["epochs"]
-        and lengths(args, history) == epochs
-        and all(
-            args.get(key, value) == value or value == "auto"  # the precision, if it is not said
-            for key, value in wanted.items()
-            if key not in FREE
-        )
-    }
+    flags = {name for name in wanted.keys() - FREE if args.get(name, wanted[name]) != wanted[name]}
+    return not flags and len(history) == args["epochs"] and lengths(args, history) == epochs
+
+
+def hardware(run):
+    """What a run was trained on, in which precision."""
+    args, starts, _ = run
+    names = dict.fromkeys(start["hardware"] for start in starts)
+    return ", ".join([*names, args["precision"]])
 
 
 def summary(errors):
-    """Mean and deviation of the errors, as README writes them."""
+    """Mean and deviation of the errors, as the tables write them."""
     if len(errors) == 1:
         return f"{errors[0]:.2f}"
     return f"{statistics.mean(errors):.3f} ± {statistics.stdev(errors):.3f}"
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_row_of_the_results_equals_its_logs(row):
-    _, _, ours, n, epochs, _, hardware, logs = row
-    runs = trials(row)
-    assert len({args["seed"] for args, _, _ in runs.values()}) == len(runs)
-    if not runs:
-        assert (ours, n, epochs, hardware, logs) == ("not run", "", "", "", "")
-        return
-    histories = [history for _, _, history in runs.values()]
+# ---- The rows --------------------------------------------------------------------------------
+@each_row
+def test_row_has_the_numbers_of_its_logs(row, commands):
+    _, _, ours, n, epochs, _ = row
+    histories = [history for _, _, history in runs_of(row).values()]
     assert ours == summary([history[-1]["test_error"] for history in histories])
-    assert (int(n), {int(epochs)}) == (len(runs), {len(history) for history in histories})
-    trained = {
-        f"{start['hardware']}, {args['precision']}"
-        for args, starts, _ in runs.values()
-        for start in starts
-    }
-    assert trained == {hardware}
-    assert re.findall(r"\(results/([^)]+)/\)", logs) == list(runs)
+    assert int(n) == len(histories)
+    assert {int(epochs)} == {len(history) for history in histories}
 
 
-def test_every_complete_run_on_mnist_is_a_trial_of_one_row():
-    for name, (args, _, history) in RUNS.items():
-        if len(history) == args["epochs"] and args["dataset"] == "MNIST" and not args["validation"]:
-            assert sum(name in trials(row) for row in ROWS) == 1, name
+@each_row
+def test_runs_of_a_row_are_made_by_its_command(row, commands):
+    assert [name for name, run in runs_of(row).items() if not is_made_by(run, commands)] == []
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_run_is_listed_with_its_epochs_and_its_last_error(name):
-    args, _, history = RUNS[name]
+@each_row
+def test_runs_of_a_row_have_the_seeds_that_it_says(row, commands):
+    seeds = [args["seed"] for args, _, _ in runs_of(row).values()]
+    assert seeds == [int(seed) for seed in re.findall(r"\[seed (\d+)\]", row[-1])]
+    assert len(seeds) == len(set(seeds))
+
+
+@each_row
+def test_row_leaves_out_no_run_that_is_like_its_own(row, commands):
+    own = runs_of(row)
+    like = {hardware(run) for run in own.values()}
+    for name, run in RUNS.items():
+        if name not in own and hardware(run) in like:
+            assert not is_made_by(run, commands), name
+
+
+@each_row
+def test_row_has_the_value_of_the_paper(row, commands):
+    ((args, _, _), *_) = runs_of(row).values()
+    key = (args["model"], args["routing_iterations"], args["with_reconstruction"])
+    assert row[1] == net.TABLE_1[key].replace("+-", "±")
+
+
+def test_every_complete_run_on_mnist_is_in_one_row():
+    named = [name for row, _ in ROWS for name in runs_of(row)]
+    complete = [
+        name
+        for name, (args, _, history) in RUNS.items()
+        if len(history) == args["epochs"] and args["dataset"] == "MNIST" and not args["validation"]
+    ]
+    assert sorted(named) == complete
+
+
+# ---- The headline ----------------------------------------------------------------------------
+def test_headline_is_the_first_row():
+    (row, _), *_ = README_ROWS
+    found = [100 - history[-1]["test_error"] for _, _, history in runs_of(row).values()]
+    mean, deviation = statistics.mean(found), statistics.stdev(found)
+    values = " and ".join(f"{value:.2f}%" for value in found)
+    said = (
+        f"**here: {mean:.2f}% ± {deviation:.2f}** (n = {row[3]}: {values}; after {row[4]} epochs)"
+    )
+    assert said in README.partition("\n## ")[0]
+
+
+def test_headline_stands_beside_the_paper_and_the_earlier_version():
+    top = README.partition("\n## ")[0]
+    paper = 100 - float(net.TABLE_1["capsnet", 3, True].split()[0])
+    assert f"the paper: {paper:.2f}%" in top and "99.65% (n = 1)" in top
+
+
+def test_minutes_of_an_epoch_are_those_of_the_first_row():
+    (row, _), *_ = README_ROWS
+    seconds = [entry["seconds"] for _, _, log in runs_of(row).values() for entry in log]
+    assert f"about {statistics.median(seconds) / 60:.0f} minutes on two CPU cores" in README
+
+
+# ---- The queue -------------------------------------------------------------------------------
+def test_every_run_is_in_the_queue_once():
+    named = [line[0].strip("`") for line in QUEUE]
+    assert [name for name in RUNS if named.count(name) != 1] == []
+
+
+@pytest.mark.parametrize("line", QUEUE, ids=lambda line: line[0].strip("`"))
+def test_line_of_the_queue_equals_the_log(line):
+    name, state, epochs, error, trained_on, remark = line
+    if state in ("planned", "running") and name.strip("`") not in RUNS:
+        assert (error, trained_on) == ("", "") and remark
+        return
+    args, _, history = run = RUNS[name.strip("`")]
     part = "valid" if args["validation"] else "test"
-    line = next(cells(line) for line in LIST.splitlines() if line.startswith(f"| `{name}`"))
-    assert line[1] == f"{len(history)} of {args['epochs']}"
-    assert line[2] == f"{history[-1][f'{part}_error']:.2f}%"
-    assert len(history) == args["epochs"] or line[3].startswith("abandoned: ")
+    assert epochs == f"{len(history)} of {args['epochs']}"
+    assert error == (f"{history[-1][f'{part}_error']:.2f}%" if history else "")
+    assert trained_on == hardware(run)
+    complete = len(history) == args["epochs"]
+    assert state in ({"done"} if complete else {"running", "abandoned"})
 
 
-def test_readme_states_the_sum_and_the_wrong_count_of_the_pretrained_file():
-    file = RESULTS / "pretrained.pt"
-    content = torch.load(file, weights_only=True)
-    assert hashlib.sha256(file.read_bytes()).hexdigest() in README
-    assert f"{content['measured_wrong']} of 10,000 wrong" in README
-    assert content["history"] in [history for _, _, history in trials(ROWS[-1]).values()]
+def test_last_epochs_of_the_headline_equal_the_logs():
+    (row, _), *_ = README_ROWS
+    lines = table(LIST.split("after epochs 26\nto 30:")[1])
+    assert lines == [
+        [str(args["seed"]), *(str(entry["test_wrong"]) for entry in history[25:])]
+        for args, _, history in runs_of(row).values()
+    ]
 
 
+# ---- The pretrained file ---------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pretrained():
+    return torch.load(RESULTS / "pretrained.pt", weights_only=True)
+
+
+def test_sum_of_the_pretrained_file_is_stated():
+    sha256 = hashlib.sha256((RESULTS / "pretrained.pt").read_bytes()).hexdigest()
+    assert f"`{sha256}`" in section(LIST, "Pretrained weights")
+
+
+def test_output_in_readme_has_the_wrong_count_of_the_pretrained_file(pretrained):
+    wrong, error = pretrained["measured_wrong"], pretrained["measured_error"]
+    assert f"    result     {error:.2f}% test error ({wrong} wrong)\n" in README
+    assert f"    recorded   {wrong} wrong when it was saved\n" in README
+
+
+def test_pretrained_file_is_the_first_seed_of_the_first_row(pretrained):
+    (row, _), *_ = README_ROWS
+    assert pretrained["history"] == next(iter(runs_of(row).values()))[2]
+
+
+def test_output_in_readme_has_the_size_of_the_model(pretrained):
+    count = sum(weight.numel() for weight in pretrained["model"].values())
+    assert re.search(
+        rf"^    model      capsnet: {count:,} parameters$".replace(",", ",?"), README, re.M
+    )
+
+
+def test_output_in_readme_is_what_predict_prints(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    command = "--evaluate results/pretrained.pt --predict tests/five.jpg --no-cuda"
+    assert net.main(command.split()) == 0
+    printed, said = (
+        re.sub(r"\d\.\d\d", "", text).split()
+        for text in (capsys.readouterr().out, README.split("\n    tests/five.jpg:")[1])
+    )
+    assert printed[1:] == said[: len(printed) - 1] and printed[0] == "tests/five.jpg:"
+
+
+# ---- Speed -----------------------------------------------------------------------------------
 def speed_lines(found):
     """README's lines of speed and memory, from a file that tests/benchmark.py wrote."""
     times = {(row["what"], row["r"], row["name"]): row for row in found["times"]}
