@@ -106,7 +106,7 @@ def routing(u, weight, iterations):
     J, I, D, E = weight.shape
     W = weight.transpose(1, 2).contiguous()  # (J, D, I, E), the fastest order
     u = u.mT.contiguous()  # (B, D, I)
-    b = at_least_fp32(u.new_zeros(J, u.shape[0], I))  # (J, B, I)  CHOICE 3: zero, not learned
+    b = at_least_fp32(u.new_zeros(J, u.shape[0], I))  # (J, B, I)  CHOICE 3: logits start at zero
     for iteration in range(iterations):
         c = b.softmax(dim=0)  # (J, B, I), over the parents (Eq. 3)
         cu = c.to(u.dtype).unsqueeze(2) * u  # (J, B, D, I)
@@ -114,7 +114,7 @@ def routing(u, weight, iterations):
         v = squash(s)  # Eq. 1
         if iteration < iterations - 1:
             Wv = torch.einsum("jdie,jbe->jbdi", W, v.to(u.dtype))  # (J, B, D, I)
-            b = b + (u * Wv).sum(dim=2)  # (J, B, I)  CHOICE 4: with its gradient
+            b = b + (u * Wv).sum(dim=2)  # (J, B, I)  CHOICE 4: gradient through routing
     return v.transpose(0, 1), c.permute(1, 2, 0)  # (B, J, E), (B, I, J)
 
 
@@ -218,11 +218,11 @@ class PrimaryCaps(nn.Module):
         if features.device.type == "cpu":
             weight = self.conv.weight.to(features.dtype)
             x = spectral_conv2d(features, weight, self.stride).permute(0, 2, 3, 1)
-            x = x + self.conv.bias  # (B, M, M, types*D)  CHOICE 7: a bias, no scale
+            x = x + self.conv.bias  # (B, M, M, types*D)  CHOICE 7: biases and scale
         else:
             x = self.conv(features).permute(0, 2, 3, 1)
         u = x.flatten(1).unflatten(1, (-1, self.dim))  # (B, I, D)
-        return squash(u)  # CHOICE 8: no ReLU before it
+        return squash(u)  # CHOICE 8: no ReLU before squash
 
 
 class DigitCaps(nn.Module):
@@ -234,9 +234,9 @@ class DigitCaps(nn.Module):
     def __init__(self, in_capsules, in_dim=8, capsules=10, dim=16, routing_iterations=3):
         super().__init__()
         self.routing_iterations = routing_iterations
-        weight = torch.empty(capsules, in_capsules, in_dim, dim)  # CHOICE 2: one for each place
+        weight = torch.empty(capsules, in_capsules, in_dim, dim)  # CHOICE 2: W_ij not shared
         self.weight = nn.Parameter(weight)
-        nn.init.normal_(self.weight, std=0.1)  # CHOICE 5: its deviation
+        nn.init.normal_(self.weight, std=0.1)  # CHOICE 5: initial weights
 
     def forward(self, u):
         """u (B, I, D) -> v (B, J, E), c (B, I, J)."""
@@ -287,7 +287,7 @@ def perturb(capsules, label, deltas):
     J, E = capsules.shape
     one_number = torch.eye(E).to(capsules).unsqueeze(1)  # (E, 1, E)
     grid = capsules.repeat(E, len(deltas), 1, 1)  # (E, K, J, E)
-    grid[:, :, label] += one_number * deltas.unsqueeze(1)  # CHOICE 10: added
+    grid[:, :, label] += one_number * deltas.unsqueeze(1)  # CHOICE 10: the delta is added
     return grid
 
 
@@ -351,7 +351,7 @@ class CapsNet(nn.Module):
         if self.decoder is None:
             return Output(v, lengths, reconstruction=None)
         if labels is None:
-            labels = lengths.argmax(dim=1)  # CHOICE 9: the longest
+            labels = lengths.argmax(dim=1)  # CHOICE 9: the longest is drawn
         return Output(v, lengths, self.decoder(v, labels))
 
     def losses(self, output, images, labels):
@@ -372,7 +372,7 @@ class BaselineCNN(nn.Module):
         super().__init__()
         layers = []
         for a, b in pairwise((in_channels, 256, 256, 128)):
-            conv = nn.Conv2d(a, b, 5, padding="same")  # CHOICE 11: SAME, ReLU, dropout of 0.5
+            conv = nn.Conv2d(a, b, 5, padding="same")  # CHOICE 11: SAME, ReLU, dropout 0.5
             lay_channels_last(conv)
             layers += [conv, nn.ReLU()]
         layers += [nn.Flatten(), nn.Linear(128 * image_size**2, 328), nn.ReLU()]
@@ -402,11 +402,8 @@ def draw_epoch(count, seed, epoch):
     """An epoch's order (N,) and the shifts (N, 2) of its images, drawn on the CPU."""
     generator = torch.Generator().manual_seed(seed_from(seed, "epoch", epoch))
     order = torch.randperm(count, generator=generator)
-    size = (count, 2)
-    shifts = torch.randint(
-        -MAX_SHIFT, MAX_SHIFT + 1, size, generator=generator
-    )  # CHOICE 14: uniform
-    return order, shifts
+    size = (count, 2)  # CHOICE 14: uniform shifts
+    return order, torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, size, generator=generator)
 
 
 def random_shift(images, shifts):
@@ -428,12 +425,12 @@ def batches(data, batch_size, order=None, shifts=None, first=0):
         images, labels = data[chosen if order is None else order[chosen]]
         if shifts is not None:
             images = random_shift(images, shifts[chosen])
-        yield images.float() / 255, labels  # CHOICE 13: to [0, 1]
+        yield images.float() / 255, labels  # CHOICE 13: pixels in [0, 1]
 
 
 def learning_rate(step, total_steps, lr, decay):
     """The learning rate of a step: falls exponentially from lr to lr * decay (Sec. 4)."""
-    return lr * decay ** (step / total_steps)  # CHOICE 1: its decay
+    return lr * decay ** (step / total_steps)  # CHOICE 1: decay of the rate
 
 
 # ==== Here the paper ends. What follows runs it. ==============================================
@@ -503,8 +500,8 @@ def train_step(objective, optimizer, images, labels):
     own_labels = labels.tensor_split(process_count())[rank()]
     loss, sums = objective(own_images, own_labels)
     optimizer.zero_grad()
-    mean = loss * process_count() / len(labels)  # DDP averages over processes  CHOICE 6: the mean
-    mean.backward()
+    mean = loss / len(labels)  # CHOICE 6: mean over the batch
+    (mean * process_count()).backward()  # DDP averages the gradients over the processes
     optimizer.step()
     return over_processes(sums)
 
@@ -678,7 +675,8 @@ class Run:
         self.steps_per_epoch = steps_per_epoch
         self.data_sum = data_sum
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)  # CHOICE 12: eps
+        parameters = model.parameters()  # CHOICE 12: Adam and batches
+        self.optimizer = torch.optim.Adam(parameters, args.lr, fused=True)
         self.objective = self.make_objective()
         self.epoch = 0  # completed ones
         self.step = 0
@@ -1426,7 +1424,7 @@ def set_up(args):
         if rank() != 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if args.precision == "auto":
-        args.precision = "bf16" if has_bf16(device) else "fp32"  # CHOICE 15: of training
+        args.precision = "bf16" if has_bf16(device) else "fp32"  # CHOICE 15: precision
     return device
 
 
