@@ -217,7 +217,7 @@ class PrimaryCaps(nn.Module):
         """features (B, channels, N, N) -> u (B, I, D), I = grid places x types."""
         if features.device.type == "cpu":
             weight = self.conv.weight.to(features.dtype)
-            x = spectral_conv2d(features, weight, self.stride).permute(0, 2, 3, 1)
+            x = spectral_conv2d(features, weight, stride=self.stride).permute(0, 2, 3, 1)
             x = x + self.conv.bias  # (B, M, M, types*D)  CHOICE 7: biases and scale
         else:
             x = self.conv(features).permute(0, 2, 3, 1)
@@ -520,7 +520,7 @@ class Progress:
             desc=title,
             total=total,
             initial=done,
-            unit=" images",
+            unit=" img",
             bar_format=self.FORMAT,
             file=sys.stdout,
             disable=None,  # unless on a terminal
@@ -535,7 +535,7 @@ class Progress:
 
     def report(self, loss):
         """Show the mean loss."""
-        self.bar.set_description(f"{self.title}  loss {loss:.4f}", refresh=False)
+        self.bar.set_description_str(f"{self.title}  loss {loss:.4f}", refresh=False)
         if self.bar.disable:
             rate = (self.done - self.first) / (time.perf_counter() - self.started)
             left = tqdm.format_interval((self.bar.total - self.done) / rate)

@@ -3,8 +3,9 @@
     python tests/benchmark.py                                  on MNIST in data/
     python tests/benchmark.py --rounds 9 --json FILE           longer, results kept
 
-The plain version is what most implementations do, done with care: float32, eager, NCHW, every
-u_hat made and kept (by one batched product, without copies of W), Adam as it comes, and a
+"direct" is net.py with PyTorch's own convolution in place of that by spectra (on a CPU). The plain
+version is what most implementations do, done with care: float32, eager, NCHW, that convolution,
+every u_hat made and kept (by one batched product, without copies of W), Adam as it comes, and a
 DataLoader that shifts PIL images one by one. Every contestant has a process of its own, and they
 take turns, one at a time, so that a noisy machine disturbs all alike; the medians' ratios count.
 The clock covers the whole training loop (data, forward, backward, Adam) but for the loading of the
@@ -23,6 +24,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
@@ -77,9 +79,10 @@ class Plain:
 
     def __init__(self, device, data, batch, r, folder, workers=0):
         self.device = device
+        net.spectral_conv2d = F.conv2d
         self.model = net.CapsNet(routing_iterations=r, with_reconstruction=True)
         self.model.digit_caps.__class__ = PlainDigitCaps
-        self.model.to(device)
+        self.model.to(device, memory_format=torch.contiguous_format)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         steps = [transforms.Pad(2), transforms.RandomCrop(28), transforms.ToTensor()]
         shifted = torchvision.datasets.MNIST(folder, transform=transforms.Compose(steps))
@@ -114,7 +117,12 @@ def make(name, device, data, batch, r, folder):
         net.keep_freed_memory()
     if name.startswith("plain"):
         return Plain(device, data, batch, r, folder, workers=8 if "workers" in name else 0)
-    return Ours(device, data, batch, r, name.split()[0], "compile" in name)
+    if "direct" in name:
+        net.spectral_conv2d = F.conv2d
+    ours = Ours(device, data, batch, r, name.split()[0], "compile" in name)
+    if "direct" in name:
+        net.lay_channels_last(ours.run.model.primary_caps.conv)
+    return ours
 
 
 def serve(pipe, name, device, count, batch, r, folder):
@@ -192,6 +200,8 @@ def main():
     others = ["8 workers", "TF32, 8 workers"] if cuda else ["memory kept"]
     names = ["plain", *(f"plain, {other}" for other in others)]
     for precision in ["fp32"] + ["bf16"] * net.has_bf16(device):
+        if not cuda:
+            names += [f"{precision} direct"]
         names += [precision, f"{precision} compile"]
     names = args.names or names
     found = {**net.environment(device), "rounds": args.rounds, "steps": args.steps}

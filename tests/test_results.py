@@ -223,7 +223,7 @@ def test_pretrained_file_is_the_first_seed_of_the_first_row(pretrained):
 def test_output_in_readme_has_the_size_of_the_model(pretrained):
     count = sum(weight.numel() for weight in pretrained["model"].values())
     assert re.search(
-        rf"^    model      capsnet: {count:,} parameters$".replace(",", ",?"), README, re.M
+        rf"^    model      capsnet, r = 3: {count:,} parameters$".replace(",", ",?"), README, re.M
     )
 
 
