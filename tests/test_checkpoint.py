@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import REPOSITORY, run_net, start_net
+from helpers import REPOSITORY, run_net, start_net, write_fashion
 from torch import nn
 
 import net
@@ -163,6 +163,38 @@ def test_signal_saves_though_it_ended_the_reader_of_the_output_too(
     interrupt("train_step", 6, signal.SIGINT)
     assert checkpoint(train("--log-interval", 1, status=1))["step"] == 6
     assert capsys.readouterr().err == "net.py: [Errno 32] Broken pipe\n"
+
+
+def test_closed_output_saves_the_steps_that_were_done(train, monkeypatch, capsys):
+    steps, original = itertools.count(1), net.train_step
+
+    def train_step(*args):
+        if next(steps) == 6:
+            monkeypatch.setattr(sys, "stdout", Closed())
+        return original(*args)
+
+    monkeypatch.setattr(net, "train_step", train_step)
+    assert checkpoint(train("--log-interval", 1, status=1))["step"] == 6
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Call it to have no memory for a test, or to have it again."""
+    original = net.evaluate
+
+    def evaluate(*args):
+        raise MemoryError
+
+    return lambda small: monkeypatch.setattr(net, "evaluate", evaluate if small else original)
+
+
+def test_out_of_memory_in_the_test_loses_no_training(train, small_memory, fashion):
+    whole = train(name="whole")
+    small_memory(True)
+    stopped = train(name="stopped", status=1)
+    small_memory(False)
+    assert main("--resume", stopped, "--data-dir", fashion) == 0
+    assert outcome(stopped) == outcome(whole)
 
 
 def test_command_printed_on_a_signal_completes_the_run(train, interrupt, capsys):
@@ -373,6 +405,39 @@ def test_file_that_is_no_checkpoint_is_refused_by_name(train, capsys, flag, dama
 def test_name_that_the_system_refuses_is_reported(fashion, capsys, flag):
     places = ("--dataset", "FashionMNIST", "--data-dir", fashion)[: 4 * (flag == "--output-dir")]
     assert "File name too long" in refusal(capsys, flag, "x" * 300, *places)
+
+
+@pytest.mark.parametrize("change", ["fewer", "more", "labels"])
+def test_resume_with_other_training_data_is_refused(train, tmp_path, capsys, change):
+    folder = train()
+    write_fashion(tmp_path / "data", train={"fewer": 40, "more": 128, "labels": 64}[change])
+    if change == "labels":
+        file = tmp_path / "data" / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
+        file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    said = refusal(capsys, "--resume", folder, "--data-dir", tmp_path / "data", "--epochs", 4)
+    assert "training data" in said
+
+
+def test_resume_takes_a_checkpoint_of_any_name(train, fashion):
+    folder = train()
+    (folder / "last.pt").rename(folder / "other.pt")
+    assert main("--resume", folder / "other.pt", "--data-dir", fashion, "--epochs", 4) == 0
+    assert checkpoint(folder)["epoch"] == 4
+
+
+@pytest.mark.skipif(net.fcntl is None, reason="this system cannot lock a folder")
+def test_second_run_in_a_folder_is_refused_within_the_first_epoch(train, tmp_path, capsys):
+    with net.own_folder(tmp_path / "run"):
+        train(status=1)
+    assert "in use by another run" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(net.fcntl is None, reason="this system cannot lock a folder")
+def test_second_resume_of_a_run_is_refused(train, fashion, capsys):
+    folder = train()
+    with net.own_folder(folder):
+        said = refusal(capsys, "--resume", folder, "--data-dir", fashion, "--epochs", 4)
+    assert "in use by another run" in said
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])

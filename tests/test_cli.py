@@ -5,11 +5,13 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path, PureWindowsPath
 
 import pytest
 import torch
-from helpers import REPOSITORY, run_net, write_fashion
+from helpers import REPOSITORY, run_net, write_fashion, write_idx
 from PIL import Image
 from torch import nn
 
@@ -610,6 +612,62 @@ def test_other_error_is_not_called_out_of_memory(train, monkeypatch, text):
         train()
 
 
+@pytest.mark.parametrize("flag", ["--batch-size", "--test-batch-size"])
+def test_out_of_memory_with_one_image_gives_no_advice_to_lower_the_size(
+    small, said, fashion, tmp_path, monkeypatch, flag
+):
+    name = "evaluate" if flag == "--test-batch-size" else "train_step"
+    monkeypatch.setattr(net, name, fail_with(MemoryError()))
+    run = ("--dataset", "FashionMNIST", "--data-dir", fashion, "--output-dir", tmp_path)
+    line = said(*run, "--epochs", 1, flag, 1)
+    assert f"{flag} 1: " in line and "lower" not in line
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Call it to make a data folder of images of this size and of so many classes."""
+
+    def own_data(size, classes):
+        folder = write_fashion(tmp_path / "own")
+        for prefix, count in (("train", 64), ("t10k", 40)):
+            raw = folder / "FashionMNIST" / "raw"
+            write_idx(raw / f"{prefix}-images-idx3-ubyte", torch.zeros(count, *size).byte())
+            write_idx(raw / f"{prefix}-labels-idx1-ubyte", (torch.arange(count) % classes).byte())
+        return folder
+
+    return own_data
+
+
+@pytest.mark.parametrize(("size", "words"), [((16, 16), "too small"), ((28, 20), "square")])
+def test_images_that_cannot_be_used_are_said_in_one_line(said, own_data, tmp_path, size, words):
+    run = ("--dataset", "FashionMNIST", "--output-dir", tmp_path / "run")
+    assert words in said(*run, "--data-dir", own_data(size, 10))
+
+
+@pytest.mark.parametrize(("size", "classes"), [((32, 32), 10), ((28, 28), 11)], ids=str)
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_data_that_do_not_fit_the_checkpoint_are_refused(
+    train, said, own_data, flag, size, classes
+):
+    line = said(flag, train(), "--data-dir", own_data(size, classes))
+    assert "1 x 28 x 28 and 10 classes" in line
+
+
+def test_compile_can_be_dropped_on_resume(train):
+    folder = train()
+    saved = checkpoint(folder)
+    saved["args"]["compile"] = True
+    torch.save(saved, folder / "last.pt")
+    args, _, _ = net.parse_args(["--resume", str(folder)])
+    assert not args.compile
+
+
+def test_local_rank_without_torchrun_is_left_alone(train, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert checkpoint(train())["epoch"] == 1
+
+
 @pytest.mark.parametrize("name", ["missing.png", "net.py"])
 def test_predict_names_what_is_no_image(train, fashion, said, name):
     folder = train()
@@ -725,6 +783,20 @@ def test_printed_command_calls_the_script_as_it_was_called(monkeypatch):
     monkeypatch.setattr("sys.argv", ["../capsnet/net.py", "--epochs", "1"])
     args = argparse.Namespace(data_dir="data", no_cuda=False)
     assert net.command(args, "--resume", "x") == "python ../capsnet/net.py --resume x"
+
+
+def test_printed_command_in_a_notebook_names_the_script(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
+    args = argparse.Namespace(data_dir="data", no_cuda=False)
+    assert net.command(args, "--resume", "x") == "python net.py --resume x"
+
+
+@pytest.mark.skipif(net.fcntl is None, reason="not a Unix shell")
+def test_run_without_any_output_stream_trains(fashion, tmp_path):
+    argv = ["--dataset", "FashionMNIST", "--data-dir", fashion, "--output-dir", tmp_path]
+    code = f"import sys, net; sys.exit(net.main({[*map(str, argv), '--epochs', '1']}))"
+    command = f"exec {shlex.join([sys.executable, '-c', code])} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=REPOSITORY).returncode == 0
 
 
 def test_name_that_the_output_cannot_show_is_named_in_one_line(fashion, tmp_path):

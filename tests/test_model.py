@@ -284,6 +284,26 @@ def test_lengths_under_autocast_to_bfloat16_are_near_those_in_float32():
     assert relative_error(lengths, model(images).lengths) < 0.05
 
 
+def test_exported_model_takes_batches_of_another_size():
+    model = tiny().eval()
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(model, (tiny_images(4),), dynamic_shapes=shapes).module()
+    assert relative_error(exported(tiny_images(7)).lengths, model(tiny_images(7)).lengths) < 1e-5
+
+
+def test_traced_model_takes_batches_of_another_size():
+    model = tiny().eval()
+    traced = torch.jit.trace(model, (tiny_images(4),))
+    _, lengths, _ = traced(tiny_images(7))
+    assert relative_error(lengths, model(tiny_images(7)).lengths) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_model_in_half_precision_draws(dtype):
+    model, images = tiny().to(dtype), tiny_images().to(dtype)
+    assert model(images).reconstruction.isfinite().all()
+
+
 # The baseline
 
 

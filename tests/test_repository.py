@@ -211,6 +211,13 @@ def test_importing_net_has_no_side_effects():
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
 
 
+def test_calls_do_without_the_defaults_that_python_3_10_lacks():
+    calls = [ast.unparse(node) for node in ast.walk(TREE) if isinstance(node, ast.Call)]
+    orders = [call for call in calls if re.search(r"^[^(]*(\(.*\))?\.(from|to)_bytes\(", call)]
+    assert orders and [call for call in orders if not call.endswith("'big')")] == []
+    assert [call for call in calls if re.match(r"warnings\.catch_warnings\([^)]", call)] == []
+
+
 def test_results_hold_no_absolute_path():
     for file in (REPOSITORY / "results").glob("**/args.json"):
         texts = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(json.loads(file.read_text())))
