@@ -72,8 +72,9 @@ def execute(folder, checkpoint, data_dir, **parameters):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))
         patch.setenv("OMP_NUM_THREADS", "1")
-        for name in ("IMAGES", "OWN_IMAGE", "RESULTS"):
+        for name in ("IMAGES", "RESULTS"):
             patch.delenv(f"CAPSNET_{name}", raising=False)
+        patch.setenv("CAPSNET_OWN_IMAGE", str(REPOSITORY / "tests" / "five.jpg"))
         for name, value in parameters.items():
             patch.setenv(f"CAPSNET_{name}", str(value))
         try:
