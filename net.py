@@ -136,7 +136,7 @@ def phases(x, stride, size):
     x (N, N, B, C) -> (size * size, B, stride * stride * C): places (p, q), phases (a, b). Rows and
     columns beyond stride * size are left out, those that are missing are zeros.
     """
-    missing = stride * size - len(x)
+    missing = stride * size - x.shape[0]
     if missing:
         x = F.pad(x, (0, 0, 0, 0, 0, missing, 0, missing))
     x = x.unflatten(1, (size, stride)).unflatten(0, (size, stride))  # (size, a, size, b, B, C)
@@ -144,9 +144,9 @@ def phases(x, stride, size):
 
 
 def spectral_conv2d(images, weight, stride):
-    """F.conv2d(images, weight, stride=stride) by a product of spectra, with less arithmetic.
+    """A convolution without padding by a product of spectra, with less arithmetic.
 
-    images (B, C, N, N), weight (O, C, K, K) -> (B, O, M, M). A convolution of stride s is a sum of
+    images (B, C, N, N), weight (K, K, C, O) -> (B, O, M, M). A convolution of stride s is a sum of
     s x s convolutions of stride 1, one for each phase, with T = K / s taps each way (rounded up).
     Its Fourier transform is one product per frequency, summed over phases and channels: a product
     of matrices. Such a convolution wraps around, after P = M + T - 1 places, which reaches none of
@@ -155,10 +155,10 @@ def spectral_conv2d(images, weight, stride):
     for each pair of channels, instead of 36 places x 81 taps = 2916. That this is what is fast on
     a CPU is shown by Zlateski et al., arXiv 1809.07851.
     """
-    B, O = images.shape[0], weight.shape[0]
-    S = stride**2 * weight.shape[1]  # what is summed over: phases and channels
-    M = (images.shape[2] - weight.shape[2]) // stride + 1
-    T = math.ceil(weight.shape[2] / stride)
+    B, O = images.shape[0], weight.shape[3]
+    S = stride**2 * weight.shape[2]  # what is summed over: phases and channels
+    M = (images.shape[2] - weight.shape[0]) // stride + 1
+    T = math.ceil(weight.shape[0] / stride)
     P = M + T - 1
 
     # A frequency and its opposite are conjugates: the first of the two stands for both.
@@ -181,7 +181,7 @@ def spectral_conv2d(images, weight, stride):
     a, b = waves(P)
     x = torch.cat([a - b, a, -b]).to(x) @ x  # (3R, B*S)
 
-    w = phases(weight.permute(2, 3, 1, 0).flatten(2).unsqueeze(2), stride, T).flatten(1)
+    w = phases(weight.flatten(2).unsqueeze(2), stride, T).flatten(1)  # (T*T, S*O)
     c, d = waves(T)
     w = torch.cat([c, d - c, c + d]).to(w) @ w  # (3R, S*O)
 
@@ -201,26 +201,25 @@ def lay_channels_last(conv):
 class PrimaryCaps(nn.Module):
     """Primary capsules (Sec. 4): a convolution whose output is cut into capsules, then squashed.
 
-    One capsule is `dim` channels at one place of the grid, never neighbouring places.
+    One capsule is `dim` channels at one place of the grid, never neighbouring places. `weight`
+    (K, K, C, types*D) is nn.Conv2d's with its taps first, as spectral_conv2d cuts them into phases.
     """
 
     def __init__(self, in_channels=256, types=32, dim=8, kernel_size=9, stride=2):
         super().__init__()
         self.dim = dim
         self.stride = stride
-        self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride)
-        # Taps first in memory, where spectral_conv2d cuts them into phases; the shape stays.
-        weight = self.conv.weight
-        weight.data = weight.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+        conv = nn.Conv2d(in_channels, types * dim, kernel_size)  # for its initial weights
+        self.weight = nn.Parameter(conv.weight.detach().permute(2, 3, 1, 0).contiguous())
+        self.bias = conv.bias
 
     def forward(self, features):
         """features (B, channels, N, N) -> u (B, I, D), I = grid places x types."""
         if features.device.type == "cpu":
-            weight = self.conv.weight.to(features.dtype)
-            x = spectral_conv2d(features, weight, stride=self.stride).permute(0, 2, 3, 1)
-            x = x + self.conv.bias  # (B, M, M, types*D)  CHOICE 7: biases and scale
+            x = spectral_conv2d(features, self.weight.to(features.dtype), self.stride)
         else:
-            x = self.conv(features).permute(0, 2, 3, 1)
+            x = F.conv2d(features, self.weight.permute(3, 2, 0, 1), stride=self.stride)
+        x = x.permute(0, 2, 3, 1) + self.bias  # (B, M, M, types*D)  CHOICE 7: biases and scale
         u = x.flatten(1).unflatten(1, (-1, self.dim))  # (B, I, D)
         return squash(u)  # CHOICE 8: no ReLU before squash
 
@@ -631,6 +630,20 @@ def make_model(args):
     )
 
 
+def put_taps_first(checkpoint):
+    """Update a file from when PrimaryCaps' weight was nn.Conv2d's, (types*D, C, K, K)."""
+    weights = checkpoint["model"]
+    if "primary_caps.conv.weight" not in weights:
+        return
+    place = list(weights).index("primary_caps.conv.weight")
+    moments = checkpoint.get("optimizer", {"state": {}})["state"].get(place, {})
+    for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
+        moments[name] = moments[name].permute(2, 3, 1, 0).contiguous()
+    weights["primary_caps.bias"] = weights.pop("primary_caps.conv.bias")
+    weight = weights.pop("primary_caps.conv.weight")
+    weights["primary_caps.weight"] = weight.permute(2, 3, 1, 0).contiguous()
+
+
 def load_checkpoint(file):
     """(model, checkpoint) of a run folder or a file; nothing in it is executed. Raises Failure."""
     file = Path(file)
@@ -649,6 +662,7 @@ def load_checkpoint(file):
         args = build_parser().parse_args([])  # what an older file does not tell is as by default
         vars(args).update(checkpoint["args"])
         model = make_model(args)
+        put_taps_first(checkpoint)
         model.load_state_dict(checkpoint["model"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]

@@ -74,15 +74,27 @@ class Ours:
             pass
 
 
+def direct_conv2d(images, weight, stride):
+    """PyTorch's convolution, in the place of net.spectral_conv2d."""
+    return F.conv2d(images, weight.permute(3, 2, 0, 1), stride=stride)
+
+
+def lay_as_conv2d(primary_caps, memory_format):
+    """Have the weight lie in memory as nn.Conv2d's does; its shape stays."""
+    weight = primary_caps.weight.data.permute(3, 2, 0, 1).contiguous(memory_format=memory_format)
+    primary_caps.weight.data = weight.permute(2, 3, 1, 0)
+
+
 class Plain:
     """The plain version."""
 
     def __init__(self, device, data, batch, r, folder, workers=0):
         self.device = device
-        net.spectral_conv2d = F.conv2d
+        net.spectral_conv2d = direct_conv2d
         self.model = net.CapsNet(routing_iterations=r, with_reconstruction=True)
         self.model.digit_caps.__class__ = PlainDigitCaps
         self.model.to(device, memory_format=torch.contiguous_format)
+        lay_as_conv2d(self.model.primary_caps, torch.contiguous_format)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         steps = [transforms.Pad(2), transforms.RandomCrop(28), transforms.ToTensor()]
         shifted = torchvision.datasets.MNIST(folder, transform=transforms.Compose(steps))
@@ -118,10 +130,10 @@ def make(name, device, data, batch, r, folder):
     if name.startswith("plain"):
         return Plain(device, data, batch, r, folder, workers=8 if "workers" in name else 0)
     if "direct" in name:
-        net.spectral_conv2d = F.conv2d
+        net.spectral_conv2d = direct_conv2d
     ours = Ours(device, data, batch, r, name.split()[0], "compile" in name)
     if "direct" in name:
-        net.lay_channels_last(ours.run.model.primary_caps.conv)
+        lay_as_conv2d(ours.run.model.primary_caps, torch.channels_last)
     return ours
 
 

@@ -247,6 +247,24 @@ def test_run_in_bf16_resumes_exactly(train, interrupt, fashion):
     assert outcome(stopped) == outcome(whole)
 
 
+def test_run_saved_before_taps_lay_first_resumes_exactly(train, interrupt, fashion):
+    whole = train(name="whole")
+    interrupt("train_step", 6, signal.SIGTERM)
+    stopped = train(name="stopped", status=143)
+    saved = checkpoint(stopped)
+    moments = saved["optimizer"]["state"][2]
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments[name] = moments[name].permute(3, 2, 0, 1).clone()
+    weights = {}
+    for name, weight in saved["model"].items():  # in their order
+        if name == "primary_caps.weight":
+            weight = weight.permute(3, 2, 0, 1).clone()
+        weights[name.replace("primary_caps.", "primary_caps.conv.")] = weight
+    torch.save({**saved, "model": weights}, stopped / "last.pt")
+    assert main("--resume", stopped, "--data-dir", fashion) == 0
+    assert outcome(stopped) == outcome(whole)
+
+
 def test_second_signal_ends_at_once(train, interrupt, monkeypatch):
     def leave(status):
         raise SystemExit(status)

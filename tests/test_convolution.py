@@ -28,13 +28,18 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
+def direct_conv2d(images, weight, stride):
+    """PyTorch's, with the taps of the weight first, as net.py has them."""
+    return F.conv2d(images, weight.permute(3, 2, 0, 1), stride=stride)
+
+
 def both(case, dtype):
     """[(value, gradient of the image, gradient of the weight)] of the spectra and directly."""
     kernel, stride, size, channels, out = case
     results = []
-    for convolve in (net.spectral_conv2d, F.conv2d):
+    for convolve in (net.spectral_conv2d, direct_conv2d):
         images = leaf(normal(3, channels, size, size), dtype)
-        weight = leaf(normal(out, channels, kernel, kernel, seed=1), dtype)
+        weight = leaf(normal(kernel, kernel, channels, out, seed=1), dtype)
         value = convolve(images, weight, stride=stride)
         value.backward(normal(*value.shape, seed=2).to(dtype))
         results.append((value, images.grad, weight.grad))
@@ -72,20 +77,25 @@ def test_missing_places_of_a_phase_are_zero():
 def test_primary_capsules_are_the_direct_convolution_s(bias):
     layer = net.PrimaryCaps(in_channels=8, types=3, dim=5).double()
     if bias:
-        torch.nn.init.normal_(layer.conv.bias)
+        torch.nn.init.normal_(layer.bias)
     features = normal(2, 8, 20, 20)
-    direct = layer.conv(features).permute(0, 2, 3, 1).reshape(2, -1, 5)
+    direct = direct_conv2d(features, layer.weight, stride=2).permute(0, 2, 3, 1) + layer.bias
+    direct = direct.reshape(2, -1, 5)
     assert relative_error(layer(features), net.squash(direct)) < 1e-12
 
 
 def test_bfloat16_is_within_one_percent():
-    features, weight = normal(4, 64, 20, 20).relu(), normal(32, 64, 9, 9, seed=1)
+    features, weight = normal(4, 64, 20, 20).relu(), normal(9, 9, 64, 32, seed=1)
     spectral = net.spectral_conv2d(features.bfloat16(), weight.bfloat16(), 2).double()
-    direct = F.conv2d(features, weight, stride=2)
+    direct = direct_conv2d(features, weight, stride=2)
     assert (spectral - direct).norm() / direct.norm() < 0.01  # 0.006
 
 
-def test_weight_keeps_its_shape_and_lies_taps_first_in_memory():
-    weight = net.PrimaryCaps(in_channels=4, types=2, dim=3).conv.weight
-    assert weight.shape == (6, 4, 9, 9)
-    assert weight.permute(2, 3, 1, 0).is_contiguous()
+def test_initial_weights_are_those_of_a_convolution():
+    torch.manual_seed(1)
+    layer = net.PrimaryCaps(in_channels=4, types=2, dim=3)
+    torch.manual_seed(1)
+    conv = torch.nn.Conv2d(4, 6, 9)
+    assert torch.equal(layer.weight, conv.weight.permute(2, 3, 1, 0))
+    assert layer.weight.is_contiguous()
+    assert torch.equal(layer.bias, conv.bias)

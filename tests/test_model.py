@@ -52,7 +52,7 @@ def test_baseline_has_35445522_parameters():
 def test_primary_capsule_is_squashed_from_consecutive_channels_at_one_place():
     layer = tiny().double().primary_caps
     features = normal(B, 8, 9, 9)
-    maps = F.conv2d(features, layer.conv.weight, layer.conv.bias, stride=2)
+    maps = F.conv2d(features, layer.weight.permute(3, 2, 0, 1), layer.bias, stride=2)
     expected = [
         reference.squash(maps[n, t * D : (t + 1) * D, row, column].tolist())
         for n in range(B)
