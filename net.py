@@ -58,6 +58,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, and importing torch takes seconds
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -1573,8 +1576,6 @@ def main(argv=None):
     try:
         args, model, checkpoint = parse_args(argv)
         return start(args, model, checkpoint)
-    except KeyboardInterrupt:
-        return 130
     except (Failure, OSError, UnicodeEncodeError) as failure:  # such as a closed pipe
         print("net.py:", *str(failure).splitlines(), file=sys.stderr, flush=True)
     if dist.is_initialized():

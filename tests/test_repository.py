@@ -4,6 +4,8 @@ import ast
 import io
 import json
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tokenize
@@ -209,6 +211,14 @@ def test_importing_net_has_no_side_effects():
     command = [sys.executable, "-c", code]
     child = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
+
+
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path):
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "torch.py").write_text(code)  # it is found instead of torch
+    shutil.copy(REPOSITORY / "net.py", tmp_path)
+    child = subprocess.run([sys.executable, "net.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (child.returncode, child.stdout, child.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_calls_do_without_the_defaults_that_python_3_10_lacks():
