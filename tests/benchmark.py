@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -57,7 +57,7 @@ class Ours:
         arguments = dict(lr=1e-3, lr_decay=0.05, epochs=1, seed=1, log_interval=10**9)
         options = dict(batch_size=batch, precision=precision, compile=compile)
         model = net.CapsNet(routing_iterations=r, with_reconstruction=True).to(device)
-        self.data = TensorDataset(*(tensor.to(device) for tensor in data.tensors))
+        self.data = data.to(device)
         steps = -(-len(data) // batch)
         self.run = net.Run(Path("unused"), Namespace(**arguments, **options), model, steps)
 
@@ -69,8 +69,7 @@ class Ours:
         net.evaluate(self.run.model, self.data, 1000).tolist()
 
     def load(self):
-        order, shifts = net.draw_epoch(len(self.data), 1, 0)
-        for _ in net.batches(self.data, self.run.args.batch_size, order, shifts):
+        for _ in net.batches(self.data, self.run.args.batch_size, net.draw_epoch(self.data, 1, 0)):
             pass
 
 
@@ -100,13 +99,14 @@ class Plain:
         shifted = torchvision.datasets.MNIST(folder, transform=transforms.Compose(steps))
         part = Subset(shifted, range(len(data)))
         self.loader = DataLoader(part, batch, shuffle=True, num_workers=workers)
-        self.data = TensorDataset(*(tensor.to(device) for tensor in data.tensors))
+        self.data = data.to(device)
 
     def train(self):
         self.model.train()
         for images, labels in self.loader:
-            images, labels = images.to(self.device), labels.to(self.device)
-            loss = self.model.losses(self.model(images, labels), images, labels)[0].mean()
+            images, labels = images.to(self.device), labels.to(self.device).unsqueeze(1)
+            output = self.model(images, labels)
+            loss = self.model.losses(output, images.unsqueeze(1), labels)[0].mean()
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -139,7 +139,7 @@ def make(name, device, data, batch, r, folder):
 
 def serve(pipe, name, device, count, batch, r, folder):
     """In a process of its own: do what the pipe says, answer with (seconds, MiB at the peak)."""
-    data = TensorDataset(*net.load_data("MNIST", folder, train=True)[:count])
+    data = net.Digits(*net.load_data("MNIST", folder, train=True)[:count])
     contestant = make(name, device, data, batch, r, folder)
     while action := pipe.recv():
         started = time.perf_counter()

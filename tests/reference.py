@@ -70,21 +70,33 @@ def routing(u, W, r):
     return v, c
 
 
-def margin_loss(lengths, label):
+def margin_loss(lengths, present):
     """Eq. 4, summed over the classes k, with m+ = 0.9, m- = 0.1 and lambda = 0.5.
 
     L_k = T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2
+    T_k = 1 for the classes that are present: a list of one, or in Sec. 6 of two.
     """
     loss = 0.0
     for k, length in enumerate(lengths):
-        T = 1 if k == label else 0
+        T = 1 if k in present else 0
         loss += T * hinge(0.9 - length) ** 2 + 0.5 * (1 - T) * hinge(length - 0.1) ** 2
     return loss
 
 
-def reconstruction_loss(image, reconstruction):
-    """Sec. 4.1: the sum of squared differences, over flat lists of pixel intensities."""
-    return sum((x - y) ** 2 for x, y in zip(image, reconstruction, strict=True))
+def mask(v, label):
+    """Sec. 4.1: all but the capsule of the label are set to zero."""
+    return [v[j] if j == label else [0.0 for _ in v[j]] for j in range(len(v))]
+
+
+def reconstruction_loss(digits, reconstructions):
+    """Sec. 4.1: the sum of squared differences, over flat lists of pixel intensities.
+
+    In Sec. 6 an image has two digits: each has a list, and a reconstruction of its own.
+    """
+    loss = 0.0
+    for digit, reconstruction in zip(digits, reconstructions, strict=True):
+        loss += sum((x - y) ** 2 for x, y in zip(digit, reconstruction, strict=True))
+    return loss
 
 
 def derivative(f, x, h=1e-30):

@@ -18,7 +18,6 @@ import pytest
 import torch
 import torchvision
 from helpers import write_fashion
-from torch.utils.data import TensorDataset
 
 import net
 
@@ -30,7 +29,12 @@ def data(count=10, channels=1):
     generator = torch.Generator().manual_seed(0)
     size = (count, channels, 6, 9)
     images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    return TensorDataset(images, torch.arange(count))
+    return net.Digits(images, torch.arange(count))
+
+
+def range_of(count):
+    """Digits of which only the number counts."""
+    return net.Digits(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.arange(count))
 
 
 def same(a, b):
@@ -67,84 +71,89 @@ def test_shift_by_zero_leaves_the_image_as_it_is():
 
 
 def test_epoch_holds_every_example_once():
-    order, _ = net.draw_epoch(1000, seed=1, epoch=0)
-    assert torch.equal(order.sort().values, torch.arange(1000))
+    members, _ = net.draw_epoch(data(1000), seed=1, epoch=0)
+    assert torch.equal(members.sort(dim=0).values, torch.arange(1000).unsqueeze(1))
 
 
 def test_epoch_is_shuffled():
-    order, _ = net.draw_epoch(1000, seed=1, epoch=0)
-    assert (order == torch.arange(1000)).sum() < 10
+    members, _ = net.draw_epoch(data(1000), seed=1, epoch=0)
+    assert (members.squeeze(1) == torch.arange(1000)).sum() < 10
 
 
 def test_all_25_shifts_are_about_equally_frequent():
-    _, shifts = net.draw_epoch(60_000, seed=1, epoch=0)
-    values, counts = shifts.unique(dim=0, return_counts=True)
+    _, shifts = net.draw_epoch(range_of(60_000), seed=1, epoch=0)
+    values, counts = shifts.flatten(0, 1).unique(dim=0, return_counts=True)
     assert values.tolist() == [list(shift) for shift in SHIFTS]
     assert (counts - 2400).abs().max() < 240  # 5 standard deviations
 
 
 def test_seed_and_epoch_alone_decide_what_is_drawn():
     torch.manual_seed(1)
-    first = net.draw_epoch(100, seed=3, epoch=7)
+    first = net.draw_epoch(data(100), seed=3, epoch=7)
     torch.manual_seed(2)
-    assert same([first], [net.draw_epoch(100, seed=3, epoch=7)])
+    assert same([first], [net.draw_epoch(data(100), seed=3, epoch=7)])
 
 
 def test_drawing_an_epoch_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    net.draw_epoch(100, seed=3, epoch=7)
+    net.draw_epoch(data(100), seed=3, epoch=7)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_another_seed_or_epoch_draws_another_order_and_other_shifts(number):
     keys = list(product(range(1, 13), repeat=2))
-    assert len({str(net.draw_epoch(20, *key)[number].tolist()) for key in keys}) == len(keys)
+    found = {str(net.draw_epoch(range_of(20), *key)[number].tolist()) for key in keys}
+    assert len(found) == len(keys)
 
 
 # Batches
 
 
 def test_last_batch_is_short_and_not_dropped():
-    assert [len(labels) for _, labels in net.batches(data(), 4)] == [4, 4, 2]
+    assert [len(labels) for *_, labels in net.batches(data(), 4)] == [4, 4, 2]
 
 
 def test_batches_follow_the_order():
-    order, _ = net.draw_epoch(10, seed=1, epoch=0)
-    labels = torch.cat([labels for _, labels in net.batches(data(), 4, order)])
-    assert torch.equal(labels, order)
+    drawn = net.draw_epoch(data(), seed=1, epoch=0)
+    labels = torch.cat([labels for *_, labels in net.batches(data(), 4, drawn)])
+    assert torch.equal(labels, drawn[0])
 
 
 def test_image_stays_with_its_label():
     images = data().tensors[0] / 255
-    order, _ = net.draw_epoch(10, seed=1, epoch=0)
-    for batch, labels in net.batches(data(), 4, order):
-        assert torch.equal(batch, images[labels])
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).unsqueeze(1)
+    for batch, _, labels in net.batches(data(), 4, (order, torch.zeros(10, 1, 2).long())):
+        assert torch.equal(batch, images[labels.squeeze(1)])
 
 
 def test_each_image_of_a_batch_has_its_own_shift():
     images = data().tensors[0]
-    order, shifts = net.draw_epoch(10, seed=1, epoch=0)
-    batches = torch.cat([batch for batch, _ in net.batches(data(), 4, order, shifts)])
-    expected = [shifted(images[n], *s) for n, s in zip(order, shifts.tolist(), strict=True)]
+    order, shifts = net.draw_epoch(data(), seed=1, epoch=0)
+    batches = torch.cat([batch for batch, *_ in net.batches(data(), 4, (order, shifts))])
+    each = zip(order.squeeze(1), shifts.squeeze(1).tolist(), strict=True)
+    expected = [shifted(images[n], *shift) for n, shift in each]
     assert torch.equal(batches, torch.stack(expected) / 255)
 
 
 def test_epoch_resumed_at_a_batch_gives_the_batches_that_were_left():
-    drawn = net.draw_epoch(10, seed=1, epoch=0)
-    whole = list(net.batches(data(), 3, *drawn))
-    assert same(list(net.batches(data(), 3, *drawn, first=2)), whole[2:])
+    drawn = net.draw_epoch(data(), seed=1, epoch=0)
+    whole = list(net.batches(data(), 3, drawn))
+    assert same(list(net.batches(data(), 3, drawn, first=2)), whole[2:])
 
 
-def test_batches_without_order_and_shifts_are_the_images_as_they_are():
-    images, labels = map(torch.cat, zip(*net.batches(data(), 4), strict=True))
-    assert same([(images, labels)], [(data().tensors[0] / 255, torch.arange(10))])
+def test_batches_to_test_on_are_the_images_as_they_are():
+    images, digits, labels = map(torch.cat, zip(*net.batches(data(), 4), strict=True))
+    assert torch.equal(images, data().tensors[0] / 255)
+    assert torch.equal(digits, images.unsqueeze(1))
+    assert torch.equal(labels, torch.arange(10).unsqueeze(1))
 
 
 def test_pixels_are_float32_from_0_to_1():
-    extremes = TensorDataset(torch.tensor([0, 255]).byte().view(1, 1, 1, 2), torch.zeros(1))
-    images, _ = next(net.batches(extremes, 1))
-    assert images.dtype == torch.float32 and images.flatten().tolist() == [0, 1]
+    extremes = net.Digits(torch.tensor([0, 255]).byte().view(1, 1, 1, 2), torch.zeros(1))
+    images, digits, _ = next(net.batches(extremes, 1))
+    for pixels in (images, digits):
+        assert pixels.dtype == torch.float32 and pixels.flatten().tolist() == [0, 1]
 
 
 def test_evaluate_shows_the_model_every_image_as_it_is():
@@ -153,7 +162,7 @@ def test_evaluate_shows_the_model_every_image_as_it_is():
             self.seen = [*getattr(self, "seen", []), images]
             return net.Output(None, torch.zeros(len(images), 10), None)
 
-        def losses(self, output, images, labels):
+        def losses(self, output, digits, labels):
             return torch.zeros(3, len(labels))
 
     model = Model()

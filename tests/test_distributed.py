@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import REPOSITORY, TINY, relative_error, run_net, start_net
-from torch.utils.data import TensorDataset
 
 import net
 
@@ -29,31 +28,36 @@ ARGUMENTS = [
 ARGUMENTS += ["--precision", "fp32", "--log-interval", "2"]
 
 
-def parameters_after(steps, batch_size):
-    """A tiny CapsNet's float64 parameters after some steps on 35 images, the last batch short."""
+def parameters_after(steps, batch_size, K):
+    """A tiny CapsNet's float64 parameters after some steps on 35 digits, K in an image.
+
+    The last batch is short.
+    """
     torch.manual_seed(0)
     args = {"lr": 0.001, "lr_decay": 0.5, "epochs": 1, "precision": "fp32", "compile": False}
-    model = net.CapsNet(with_reconstruction=True, **TINY).double()
+    model = net.CapsNet(with_reconstruction=True, digits_per_image=K, **TINY).double()
     run = net.Run(None, Namespace(**args), model, steps_per_epoch=steps)
-    data = TensorDataset(torch.randint(256, (35, 1, 28, 28)).byte(), torch.arange(35) % 10)
-    batches = list(net.batches(data, batch_size))
-    for images, labels in batches[-steps:]:
-        net.train_step(run.objective, run.optimizer, images.double(), labels)
+    data = net.Digits(torch.randint(256, (35, 1, 28, 28)).byte(), torch.arange(35) % 10, K)
+    batches = list(net.batches(data, batch_size, net.draw_epoch(data, 1, 0)))
+    for images, digits, labels in batches[-steps:]:
+        net.train_step(run.objective, run.optimizer, images.double(), digits.double(), labels)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def one_of_two(rank, rendezvous, result, steps, batch_size):
+def one_of_two(rank, rendezvous, result, *what):
     """What each process does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
-    torch.save(parameters_after(steps, batch_size), f"{result}{rank}")
+    torch.save(parameters_after(*what), f"{result}{rank}")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("batch_size", [8, 1], ids=["uneven last batch", "empty share"])
-def test_two_processes_train_as_one_does(tmp_path, batch_size):
-    alone = parameters_after(5, batch_size)
-    arguments = (tmp_path / "rendezvous", tmp_path / "result", 5, batch_size)
+@pytest.mark.parametrize(
+    ("batch_size", "K"), [(8, 2), (1, 1)], ids=["uneven last batch of pairs", "empty share"]
+)
+def test_two_processes_train_as_one_does(tmp_path, batch_size, K):
+    alone = parameters_after(5, batch_size, K)
+    arguments = (tmp_path / "rendezvous", tmp_path / "result", 5, batch_size, K)
     mp.spawn(one_of_two, arguments, nprocs=2)
     for rank in range(2):
         assert relative_error(torch.load(tmp_path / f"result{rank}"), alone) < 1e-9

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import normal, relative_error
-from torch.utils.data import TensorDataset
 
 import net
 
@@ -46,7 +45,7 @@ def train(fashion, tmp_path):
 
 def images_and_labels():
     """A batch, in float32."""
-    return normal(BATCH, 1, 28, 28).sigmoid().float(), torch.arange(BATCH) % 10
+    return normal(BATCH, 1, 28, 28).sigmoid().float(), torch.arange(BATCH).unsqueeze(1) % 10
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -68,7 +67,7 @@ def test_losses_and_gradients_of_the_network_are_the_same():
     for device in ("cpu", GPU):
         images, labels = (x.to(device) for x in images_and_labels())
         model.to(device)
-        losses = model.losses(model(images, labels), images, labels)
+        losses = model.losses(model(images, labels), images.unsqueeze(1), labels)
         found.append([losses, *torch.autograd.grad(losses[0], list(model.parameters()))])
     for ours, theirs in zip(found[1], found[0], strict=True):
         assert relative_error(ours.cpu(), theirs) < 1e-4
@@ -99,7 +98,7 @@ def a_run(*flags):
     torch.manual_seed(args.seed)
     model = net.CapsNet(with_reconstruction=True).to(GPU)
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8, device=GPU)
-    data = TensorDataset(images, torch.arange(64, device=GPU) % 10)
+    data = net.Digits(images, torch.arange(64, device=GPU) % 10)
     args.batch_size, args.log_interval = BATCH, 10**9
     return net.Run(None, args, model, math.ceil(len(data) / BATCH)), data
 

@@ -11,7 +11,6 @@ import torch
 from helpers import REPOSITORY
 from PIL import Image, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import TensorDataset
 
 import net
 
@@ -45,6 +44,19 @@ def test_first_labels_are_those_of_the_original(mnist):
     assert mnist[1].tensors[1][:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
 
 
+def test_pairs_for_testing_are_the_same_for_everybody(mnist):
+    _, test = net.load_splits("MultiMNIST", REPOSITORY / "data")
+    members, shifts = net.draw_test(test)
+    assert members.shape == (100_000, 2) and len(members.unique()) == 10_000
+    content = hashlib.sha256(torch.cat([members, shifts.flatten(1)], dim=1).numpy().tobytes())
+    for images, digits, _ in net.batches(test, 500, (members[::100], shifts[::100])):
+        content.update((255 * images).round().byte().numpy().tobytes())
+        content.update((255 * digits).round().byte().numpy().tobytes())
+    assert content.hexdigest() == (
+        "9209ecfdbf61691f07e30a422e54f753d97bb4d907e7ddb81344fded05eac9a0"
+    )
+
+
 def test_own_image_that_is_mnist_s_is_left_where_it_is(mnist, tmp_path):
     differences = []
     for image in mnist[1].tensors[0][:100]:
@@ -71,10 +83,10 @@ def test_60_steps_classify_85_percent_of_the_first_1000_test_images(mnist):
     torch.manual_seed(0)
     model = net.CapsNet(conv_channels=64, primary_types=8)
     objective, optimizer = net.Objective(model, "fp32"), torch.optim.Adam(model.parameters(), 0.001)
-    order, shifts = net.draw_epoch(len(train), seed=0, epoch=0)
-    for images, labels in islice(net.batches(train, 64, order, shifts), 60):
-        net.train_step(objective, optimizer, images, labels)
-    *_, wrong, count = net.evaluate(model, TensorDataset(*test[:1000]), 250).tolist()
+    drawn = net.draw_epoch(train, seed=0, epoch=0)
+    for batch in islice(net.batches(train, 64, drawn), 60):
+        net.train_step(objective, optimizer, *batch)
+    *_, wrong, count = net.evaluate(model, net.Digits(*test[:1000]), 250).tolist()
     assert count == 1000 and wrong <= 150  # it is about 85
 
 
@@ -109,13 +121,13 @@ class Products(TorchDispatchMode):
 
 def test_pretrained_weights_give_nearly_the_same_lengths_in_bf16_as_in_fp32(mnist):
     model, _ = net.load_checkpoint(REPOSITORY / "results" / "pretrained.pt")
-    images, labels = next(net.batches(TensorDataset(*mnist[1][:500]), 500))
+    batch = next(net.batches(net.Digits(*mnist[1][:500]), 500))
     lengths = []
     model.register_forward_hook(lambda model, inputs, output: lengths.append(output.lengths))
     for precision in ("fp32", "bf16"):
         objective = net.Objective(model, precision)
         with torch.no_grad(), nullcontext() if net.has_bf16(torch.device("cpu")) else Products():
-            objective(images, labels)
+            objective(*batch)
     fp32, bf16 = lengths
     assert 0 < (bf16 - fp32).abs().max() < 0.008  # 0.006; 0.010 if squash were in bf16 too
     assert torch.equal(bf16.argmax(dim=1), fp32.argmax(dim=1))

@@ -7,12 +7,12 @@ import reference
 import torch
 import torch.nn.functional as F
 from helpers import leaf, normal, relative_error
-from torch.utils.data import TensorDataset
 
 import net
 
 B, C, SIZE, GRID, TYPES, D, J, E = 3, 2, 11, 4, 3, 5, 6, 7  # no axis passes for another
 CHILDREN = GRID * GRID * TYPES
+LABELS = torch.tensor([[5], [0], [2]])
 
 
 def tiny(**changes):
@@ -117,9 +117,9 @@ def test_lengths_equal_those_that_the_oracle_routes():
 
 
 def test_decoder_is_two_relus_and_a_sigmoid_on_the_capsule_of_the_label():
-    decoder, capsules, labels = tiny().decoder, normal(B, J, E).float(), torch.tensor([5, 0, 2])
+    decoder, capsules, labels = tiny().decoder, normal(B, J, E).float(), LABELS
     x = torch.zeros(B, J, E)
-    x[range(B), labels] = capsules[range(B), labels]
+    x[range(B), labels.squeeze(1)] = capsules[range(B), labels.squeeze(1)]
     weights = list(decoder.parameters())
     x = F.linear(x.flatten(1), *weights[:2]).clamp(min=0)
     x = F.linear(x, *weights[2:4]).clamp(min=0)
@@ -129,13 +129,13 @@ def test_decoder_is_two_relus_and_a_sigmoid_on_the_capsule_of_the_label():
 
 def test_reconstruction_trains_the_layers_below():
     model = tiny()
-    model(tiny_images(), torch.tensor([5, 0, 2])).reconstruction.sum().backward()
+    model(tiny_images(), LABELS).reconstruction.sum().backward()
     below = [model.conv1, model.primary_caps, model.digit_caps]
     assert all(p.grad is not None and p.grad.any() for layer in below for p in layer.parameters())
 
 
 def test_reconstruction_has_the_shape_of_the_images():
-    assert tiny()(tiny_images()).reconstruction.shape == (B, C, SIZE, SIZE)
+    assert tiny()(tiny_images()).reconstruction.shape == (B, 1, C, SIZE, SIZE)
 
 
 def test_reconstruction_lies_between_0_and_1():
@@ -151,62 +151,64 @@ def test_reconstruction_without_a_decoder_is_none():
 
 
 def test_capsule_of_another_class_cannot_touch_the_reconstruction():
-    decoder, labels = tiny().decoder, torch.tensor([5, 0, 2])
+    decoder, labels = tiny().decoder, LABELS
     capsules, others = normal(B, J, E).float(), normal(B, J, E, seed=1).float()
-    others[range(B), labels] = capsules[range(B), labels]
+    others[range(B), labels.squeeze(1)] = capsules[range(B), labels.squeeze(1)]
     assert torch.equal(decoder(others, labels), decoder(capsules, labels))
 
 
 def test_reconstruction_has_a_gradient_in_the_capsule_of_the_label_alone():
-    capsules, labels = leaf(normal(B, J, E), torch.float32), torch.tensor([5, 0, 2])
+    capsules, labels = leaf(normal(B, J, E), torch.float32), LABELS
     tiny().decoder(capsules, labels).sum().backward()
-    assert torch.equal(capsules.grad.any(dim=2), F.one_hot(labels, J).bool())
+    assert torch.equal(capsules.grad.any(dim=2), F.one_hot(labels.squeeze(1), J).bool())
 
 
 def test_label_says_which_capsule_is_drawn():
     model, images = tiny(), tiny_images(1).expand(J, -1, -1, -1)
-    drawn = model(images, torch.arange(J)).reconstruction
+    drawn = model(images, torch.arange(J).unsqueeze(1)).reconstruction
     assert len(drawn.flatten(1).unique(dim=0)) == J
 
 
 def test_without_labels_the_longest_capsule_is_drawn():
     model, images = tiny(), tiny_images()
-    longest = model(images).lengths.argmax(dim=1)
+    longest = model(images).lengths.argmax(dim=1, keepdim=True)
     assert torch.equal(model(images).reconstruction, model(images, longest).reconstruction)
 
 
 def test_training_draws_the_capsule_of_the_label():
     model, images = tiny(), tiny_images()
-    labels = (model(images).lengths.argmax(dim=1) + 1) % J
-    expected = net.reconstruction_loss(images, model(images, labels).reconstruction)
-    _, sums = net.Objective(model, "fp32")(images, labels)
+    labels = (model(images).lengths.argmax(dim=1, keepdim=True) + 1) % J
+    digits = images.unsqueeze(1)
+    expected = net.reconstruction_loss(digits, model(images, labels).reconstruction)
+    _, sums = net.Objective(model, "fp32")(images, digits, labels)
     assert sums[net.RECONSTRUCTION] == pytest.approx(expected.sum().item(), rel=1e-6)
 
 
 def test_evaluate_draws_the_longest_capsule_whatever_the_label():
     model, images = tiny(), (255 * tiny_images()).byte()
     drawn = model(images.float() / 255).reconstruction
-    expected = net.reconstruction_loss(images.float() / 255, drawn)
+    expected = net.reconstruction_loss(images.unsqueeze(1).float() / 255, drawn)
     for label in range(J):
-        sums = net.evaluate(model, TensorDataset(images, torch.full((B,), label)), B)
+        sums = net.evaluate(model, net.Digits(images, torch.full((B,), label)), B)
         assert sums[net.RECONSTRUCTION] == pytest.approx(expected.sum().item(), rel=1e-6)
 
 
 def test_total_loss_is_the_margin_loss_and_a_2000th_of_the_reconstruction_loss():
-    model, images, labels = tiny(), tiny_images(), torch.tensor([5, 0, 2])
+    model, images, labels = tiny(), tiny_images(), LABELS
     output = model(images, labels)
     margin = net.margin_loss(output.lengths, labels)
-    reconstruction = net.reconstruction_loss(images, output.reconstruction)
+    digits = images.unsqueeze(1)
+    reconstruction = net.reconstruction_loss(digits, output.reconstruction)
     expected = torch.stack([margin + 0.0005 * reconstruction, margin, reconstruction])
-    assert relative_error(model.losses(output, images, labels), expected) < 1e-6
+    assert relative_error(model.losses(output, digits, labels), expected) < 1e-6
 
 
 def test_total_loss_without_a_decoder_is_the_margin_loss():
-    model, images, labels = tiny(with_reconstruction=False), tiny_images(), torch.tensor([5, 0, 2])
+    model, images, labels = tiny(with_reconstruction=False), tiny_images(), LABELS
     output = model(images)
     margin = net.margin_loss(output.lengths, labels)
     expected = torch.stack([margin, margin, torch.zeros(B)])
-    assert torch.equal(model.losses(output, images, labels), expected)
+    assert torch.equal(model.losses(output, images.unsqueeze(1), labels), expected)
 
 
 # Fig. 4
@@ -243,14 +245,14 @@ def test_perturbation_does_not_change_its_argument():
 def test_colour_images_of_any_number_of_classes(small, classes):
     output = net.CapsNet(3, 32, classes, with_reconstruction=True)(torch.rand(2, 3, 32, 32))
     assert output.lengths.shape == (2, classes)
-    assert output.reconstruction.shape == (2, 3, 32, 32)
+    assert output.reconstruction.shape == (2, 1, 3, 32, 32)
 
 
 def test_batch_of_no_images_gives_no_lengths_and_no_loss():
-    model, images, labels = tiny(), tiny_images(0), torch.zeros(0, dtype=torch.int64)
+    model, images, labels = tiny(), tiny_images(0), torch.zeros(0, 1, dtype=torch.int64)
     output = model(images)
     assert output.lengths.shape == (0, J)
-    assert model.losses(output, images, labels).shape == (3, 0)
+    assert model.losses(output, images.unsqueeze(1), labels).shape == (3, 0)
 
 
 def test_image_of_17_pixels_is_large_enough(small):
@@ -264,16 +266,16 @@ def test_image_of_fewer_pixels_is_refused(small, size):
 
 
 def test_gradients_reach_every_parameter():
-    model, images, labels = tiny(), tiny_images(), torch.tensor([5, 0, 2])
-    model.losses(model(images, labels), images, labels)[0].sum().backward()
+    model, images, labels = tiny(), tiny_images(), LABELS
+    model.losses(model(images, labels), images.unsqueeze(1), labels)[0].sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_results_under_autocast_to_bfloat16_are_float32():
-    model, images, labels = tiny(), tiny_images(), torch.tensor([5, 0, 2])
+    model, images, labels = tiny(), tiny_images(), LABELS
     with torch.autocast("cpu", torch.bfloat16):
         output = model(images, labels)
-    results = [*output, model.losses(output, images, labels)]
+    results = [*output, model.losses(output, images.unsqueeze(1), labels)]
     assert [x.dtype for x in results] == 4 * [torch.float32]
 
 
@@ -339,6 +341,6 @@ def test_baseline_is_tested_without_dropout():
 def test_loss_of_the_baseline_is_the_cross_entropy():
     model, images = baseline()
     output, labels = model(images), torch.tensor([6, 0])
-    losses = model.losses(output, images, labels)
+    losses = model.losses(output, images, labels.unsqueeze(1))
     entropies = F.cross_entropy(output.lengths, labels, reduction="none").tolist()
     assert losses[0].tolist() == pytest.approx(entropies) and not losses[1:].any()

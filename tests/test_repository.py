@@ -39,7 +39,7 @@ def code_tokens(source):
 
 
 def test_net_stays_below_its_ceiling_of_code():
-    assert code_tokens(SOURCE) <= 10_900
+    assert code_tokens(SOURCE) <= 11_850
 
 
 def test_comments_docstrings_and_line_ends_are_no_code():
@@ -129,10 +129,12 @@ def test_paper_s_part_runs_alone_with_torch_only():
     paper = SOURCE.split("# ==== Here the paper ends")[0]
     paper = paper[paper.index("# ---- Capsules and routing") :]
     code = "import math, random\nfrom itertools import pairwise\nfrom typing import NamedTuple\n"
-    code += "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n" + paper
+    code += "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
+    code += "from torch.utils.data import TensorDataset\n" + paper
     code += "model = CapsNet(conv_channels=8, primary_types=2, with_reconstruction=True)\n"
-    code += "images, labels = torch.rand(2, 1, 28, 28), torch.tensor([3, 5])\n"
-    code += "model.losses(model(images, labels), images, labels)[0].mean().backward()\n"
+    code += "data = Digits(torch.randint(256, (2, 1, 28, 28)).byte(), torch.tensor([3, 5]))\n"
+    code += "images, digits, labels = next(batches(data, 2, draw_epoch(data, 1, 0)))\n"
+    code += "model.losses(model(images, labels), digits, labels)[0].mean().backward()\n"
     code += "print(model.digit_caps.weight.grad.isfinite().all().item())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.stdout == "True\n", said.stderr
@@ -252,4 +254,4 @@ def test_python_in_readme_runs_and_makes_the_shapes_that_it_says(fashion, tmp_pa
             names = names.rpartition(name)[0]
             assert tuple(made[name].shape) == ast.literal_eval(shape), line
             checked.append(name)
-    assert len(checked) == 8
+    assert len(checked) == 9

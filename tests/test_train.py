@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.data import TensorDataset
 
 import net
 
@@ -78,8 +77,8 @@ def losses(monkeypatch):
     """The training loss of every step, as it is computed, and how many examples it is of."""
     seen, original = [], net.CapsNet.losses
 
-    def spy(model, output, images, labels):
-        values = original(model, output, images, labels)
+    def spy(model, output, digits, labels):
+        values = original(model, output, digits, labels)
         if model.training:
             seen.append((values[0].mean().item(), len(labels)))
         return values
@@ -92,7 +91,7 @@ def losses(monkeypatch):
 
 
 def test_32_examples_are_learned_without_an_error(start, data):
-    few = TensorDataset(*data[0][:32])
+    few = net.Digits(*data[0][:32])
     run = start(few, "--batch-size", "16", "--lr", "0.01", "--epochs", "40")
     train(run, few)
     assert net.averages(net.evaluate(run.model, few, 32), "train")["train_wrong"] == 0
@@ -126,7 +125,7 @@ def test_loss_in_the_log_is_the_mean_over_the_examples(main, losses):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """Call it with TensorDatasets to have them on a GPU, where tensors have sizes but no numbers.
+    """Call it with Digits to have them on a GPU, where tensors have sizes but no numbers.
 
     Mixing its tensors with the CPU's fails, and so does reading a number, which would wait for it.
     """
@@ -144,7 +143,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(net, "make_model", on_gpu)
     with FakeTensorMode() as mode:
         yield lambda *data: [
-            TensorDataset(*(mode.from_tensor(part).to("cuda") for part in split.tensors))
+            net.Digits(*(mode.from_tensor(part).to("cuda") for part in split.tensors))
             for split in data
         ]
 
@@ -173,9 +172,9 @@ def steps(monkeypatch):
     """(learning rate, seed) of every training step."""
     seen, original = [], net.train_step
 
-    def spy(objective, optimizer, images, labels):
+    def spy(objective, optimizer, *batch):
         seen.append((optimizer.param_groups[0]["lr"], torch.initial_seed()))
-        return original(objective, optimizer, images, labels)
+        return original(objective, optimizer, *batch)
 
     monkeypatch.setattr(net, "train_step", spy)
     return seen
