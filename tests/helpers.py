@@ -1,13 +1,19 @@
-"""What several tests share: a measure of error, a record of operators, small data, a tiny net."""
+"""What several tests share: measures, records, small data and networks, commands, children."""
 
+import itertools
+import json
+import multiprocessing
 import os
+import shlex
 import struct
-import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import net
@@ -73,22 +79,101 @@ def write_fashion(folder, train=64, test=40):
     return Path(folder)
 
 
-def start_net(*args, **kwargs):
-    """Start `python net.py ARGS` with a tiny CapsNet in a child; kwargs are Popen's, like cwd."""
-    code = "import sys, net; net.CapsNet.__init__.__kwdefaults__.update({}); {}"
-    command = [sys.executable, "-c", code.format(TINY, "sys.exit(net.main(sys.argv[1:]))")]
-    environment = {"PYTHONPATH": str(Path(net.__file__).parent), "OMP_NUM_THREADS": "1"}
-    kwargs["env"] = {**os.environ, **environment, **kwargs.get("env", {})}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *map(str, args)], **{**pipes, **kwargs})
+def argv(*parts):
+    """A command line: a string is split as a shell would, anything else is one argument."""
+    words = [shlex.split(part) if isinstance(part, str) else [str(part)] for part in parts]
+    return list(itertools.chain(*words))
 
 
-def run_net(*args, timeout=120, **kwargs):
-    """Like start_net, but waits: a CompletedProcess with stdout and stderr as text."""
-    with start_net(*args, **kwargs) as child:
-        try:
-            output = child.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            raise
-    return subprocess.CompletedProcess(child.args, child.returncode, *output)
+def main(*parts):
+    """The exit status of `python net.py --no-cuda PARTS`, in this process."""
+    return net.main(["--no-cuda", *argv(*parts)])
+
+
+def log(folder):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def checkpoint(folder):
+    """What a run saved."""
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def files_in(folder):
+    """The content of each file in a folder."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+NEVER = SimpleNamespace(signal=0, agreed=lambda: 0)  # a Stop without a signal
+
+
+class SmallBaseline(net.BaselineCNN):
+    """The baseline's losses and dropout, with one layer."""
+
+    def __init__(self, in_channels, image_size, num_classes):
+        nn.Module.__init__(self)
+        pixels = in_channels * image_size**2
+        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(pixels, num_classes))
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+# Children are forked from a process that has imported torch once and has no threads.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["net", "pytest"])
+LONG = 900  # seconds that nothing takes, on the slowest machine
+
+
+def run_child(arguments, output, environment, prepare):
+    """What a child does: net.main with a tiny CapsNet, its output in a file."""
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    net.CapsNet.__init__.__kwdefaults__.update(TINY)
+    sys.argv = ["net.py"]
+    if prepare:
+        prepare()
+    sys.exit(net.main(arguments))
+
+
+def start_child(output, *parts, prepare=None, **environment):
+    """Start `python net.py --no-cuda PARTS` with a tiny CapsNet in a process of its own.
+
+    `output` is the file for what it prints; `prepare` is called in it first.
+    """
+    arguments = ["--no-cuda", *argv(*parts)]
+    child = FORKS.Process(target=run_child, args=(arguments, output, environment, prepare))
+    child.daemon = True  # it ends with these tests
+    with pytest.MonkeyPatch.context() as patch:  # for the first one, that all are forked from
+        patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
+        child.start()
+    return child
+
+
+def finish(*children):
+    """Wait for processes; their exit statuses. Those that do not end are killed: None."""
+    for child in children:
+        child.join(LONG)
+    statuses = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    return statuses
+
+
+def wait_for(condition, *children):
+    """Wait until something is so, while these processes live."""
+    ends = time.monotonic() + LONG
+    while not condition():
+        assert all(child.is_alive() for child in children) and time.monotonic() < ends
+        time.sleep(0.02)

@@ -1,31 +1,33 @@
 """Several processes compute what one does (gloo, on the CPU)."""
 
-import json
 import signal
 import socket
-import subprocess
-import sys
-import time
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import REPOSITORY, TINY, relative_error, run_net, start_net
+from helpers import (
+    REPOSITORY,
+    TINY,
+    argv,
+    checkpoint,
+    finish,
+    log,
+    main,
+    relative_error,
+    start_child,
+    wait_for,
+)
+from torch.distributed.run import main as torchrun
 
 import net
 
-ARGUMENTS = [
-    "--dataset",
-    "FashionMNIST",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "10",
-    "--with_reconstruction",
-]
-ARGUMENTS += ["--precision", "fp32", "--log-interval", "2"]
+RUN = "--dataset FashionMNIST --with_reconstruction --precision fp32 --batch-size 10"
+
+
+# ---- One step --------------------------------------------------------------------------------
 
 
 def parameters_after(steps, batch_size, K):
@@ -44,23 +46,84 @@ def parameters_after(steps, batch_size, K):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def one_of_two(rank, rendezvous, result, *what):
+CASES = {"uneven last batch of pairs": (8, 2), "empty share": (1, 1)}  # batch size, K
+
+
+def one_of_two(rank, folder):
     """What each process does."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
-    torch.save(parameters_after(*what), f"{result}{rank}")
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    parameters = {case: parameters_after(5, *sizes) for case, sizes in CASES.items()}
+    torch.save(parameters, folder / f"result{rank}")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "K"), [(8, 2), (1, 1)], ids=["uneven last batch of pairs", "empty share"]
-)
-def test_two_processes_train_as_one_does(tmp_path, batch_size, K):
-    alone = parameters_after(5, batch_size, K)
-    arguments = (tmp_path / "rendezvous", tmp_path / "result", 5, batch_size, K)
-    mp.spawn(one_of_two, arguments, nprocs=2)
-    for rank in range(2):
-        assert relative_error(torch.load(tmp_path / f"result{rank}"), alone) < 1e-9
+@pytest.fixture(scope="module")
+def trained_by_two(tmp_path_factory):
+    """The parameters that each of two processes has, in every case."""
+    folder = tmp_path_factory.mktemp("two")
+    mp.start_processes(one_of_two, (folder,), nprocs=2, start_method="forkserver")
+    return [torch.load(folder / f"result{rank}") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one_does(trained_by_two, case):
+    alone = parameters_after(5, *CASES[case])
+    for parameters in trained_by_two:
+        assert relative_error(parameters[case], alone) < 1e-9
+
+
+# ---- A run -----------------------------------------------------------------------------------
+
+
+def start_two(folder, *parts):
+    """The two processes that torchrun would start; what they print is in folder/0 and folder/1."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank, **place} for rank in "01")
+    return [start_child(folder / rank["RANK"], *parts, **rank) for rank in ranks]
+
+
+def history(folder):
+    """The log without what differs from run to run."""
+    times = {"seconds", "images_per_second"}
+    return [{key: entry[key] for key in entry.keys() - times} for entry in log(folder)]
+
+
+@pytest.fixture(scope="module")
+def run_of_two(fashion, tmp_path_factory):
+    """The folder of a run of two epochs that two processes trained."""
+    folder = tmp_path_factory.mktemp("run")
+    places = ("--data-dir", fashion, "--output-dir", folder / "run")
+    assert finish(*start_two(folder, RUN, "--epochs 2", *places)) == [0, 0]
+    return folder
+
+
+def test_only_the_first_process_prints(run_of_two):
+    assert "result" in (run_of_two / "0").read_text()
+    assert (run_of_two / "1").read_text() == ""
+
+
+def test_two_processes_log_what_one_logs(run_of_two, train):
+    alone = train(RUN, "--epochs 2")
+    for ours, theirs in zip(history(run_of_two / "run"), history(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_signal_to_one_process_stops_both_and_one_process_resumes(
+    small, interrupt, fashion, tmp_path
+):
+    places = ("--data-dir", fashion, "--output-dir", tmp_path / "run")
+    processes = start_two(tmp_path, RUN, "--epochs 100000 --lr-decay 1", *places)
+    wait_for((tmp_path / "run" / "last.pt").exists, *processes)
+    processes[1].terminate()
+    assert finish(*processes) == [143, 143]
+    before = checkpoint(tmp_path / "run")["step"]
+    interrupt("train_step", 3, signal.SIGTERM)
+    assert main("--resume", tmp_path / "run", "--data-dir", fashion) == 143
+    assert checkpoint(tmp_path / "run")["step"] == before + 3
 
 
 def test_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
@@ -73,78 +136,18 @@ def test_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
     assert [stop.agreed(), stop.agreed()] == [0, signal.SIGTERM]
 
 
-def start_two(*arguments, **kwargs):
-    """The two processes that torchrun would start."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    ranks = ({"RANK": rank, "LOCAL_RANK": rank, **place} for rank in "01")
-    return [start_net(*arguments, env=rank, **kwargs) for rank in ranks]
-
-
-def finish(processes):
-    """Wait; (exit statuses, what each printed)."""
-    printed = [process.communicate(timeout=120)[0] for process in processes]
-    return [process.returncode for process in processes], printed
-
-
-def history(folder):
-    """The log without what differs from run to run."""
-    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    times = ("seconds", "images_per_second")
-    return [{key: value for key, value in entry.items() if key not in times} for entry in entries]
-
-
-@pytest.fixture(scope="module")
-def alone(fashion, tmp_path_factory):
-    """The log of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    run_net(*ARGUMENTS, "--data-dir", fashion, "--output-dir", folder)
-    return history(folder)
-
-
-def test_only_the_first_process_prints(fashion, tmp_path):
-    _, printed = finish(start_two(*ARGUMENTS, "--data-dir", fashion, "--output-dir", tmp_path))
-    assert "result" in printed[0] and not printed[1]
-
-
-def test_two_processes_log_what_one_logs(fashion, tmp_path, alone):
-    finish(start_two(*ARGUMENTS, "--data-dir", fashion, "--output-dir", tmp_path))
-    for ours, theirs in zip(history(tmp_path), alone, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-
-
-def test_signal_to_one_process_stops_both_and_one_process_resumes(fashion, tmp_path, alone):
-    long = ["--epochs", 2000, "--lr-decay", 1]
-    place = ["--data-dir", fashion, "--output-dir", tmp_path]
-    processes = start_two(*ARGUMENTS, *long, *place)
-    while not (tmp_path / "last.pt").exists():
-        assert processes[0].poll() is None
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-    assert finish(processes)[0] == [143, 143]
-    before = torch.load(tmp_path / "last.pt")["step"]
-    resumed = start_net("--resume", tmp_path, "--data-dir", fashion)
-    while not resumed.stdout.readline().startswith("epoch"):
-        assert resumed.poll() is None
-    resumed.send_signal(signal.SIGTERM)
-    assert finish([resumed])[0] == [143]
-    assert torch.load(tmp_path / "last.pt")["step"] > before
-
-
 def test_failure_of_one_process_ends_both(fashion, tmp_path):
-    (tmp_path / "args.json").mkdir()  # the first process, which writes, cannot
-    processes = start_two(*ARGUMENTS, "--data-dir", fashion, "--output-dir", tmp_path)
-    statuses, _ = finish(processes)
-    assert statuses[0] == 1 and statuses[1] != 0
+    (tmp_path / "run" / "args.json").mkdir(parents=True)  # the first, which writes, cannot
+    places = ("--data-dir", fashion, "--output-dir", tmp_path / "run")
+    first, second = finish(*start_two(tmp_path, RUN, "--epochs 2", *places))
+    assert first == 1 and second not in (None, 0)
 
 
-def test_torchrun_trains_two_processes(fashion, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", "net.py", "--dataset", "FashionMNIST"]
-    command += ["--epochs", "1", "--data-dir", fashion, "--output-dir", tmp_path / "run"]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("result") == 1
-    assert history(tmp_path / "run")[0]["step"] == 1
+def test_torchrun_trains_two_processes(fashion, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = "net.py --no-cuda --dataset FashionMNIST --epochs 1"
+    places = ("--data-dir", fashion, "--output-dir", tmp_path)
+    torchrun(argv("--standalone --nproc-per-node 2", run, *places))
+    assert capfd.readouterr().out.count("result") == 1
+    assert log(tmp_path)[0]["step"] == 1
