@@ -133,11 +133,25 @@ FORKS.set_forkserver_preload(["net", "pytest"])
 LONG = 900  # seconds that nothing takes, on the slowest machine
 
 
-def run_child(arguments, output, environment, prepare):
-    """What a child does: net.main with a tiny CapsNet, its output in a file."""
+def fork(function, *args):
+    """Start a process that calls a function."""
+    child = FORKS.Process(target=function, args=args, daemon=True)  # it ends with these tests
+    with pytest.MonkeyPatch.context() as patch:  # for the first one, that all are forked from
+        patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
+        child.start()
+    return child
+
+
+def print_to(output):
+    """Have all that this process prints go to a file."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def run_child(arguments, output, environment, prepare):
+    """What a child does: net.main with a tiny CapsNet, its output in a file."""
+    print_to(output)
     os.environ.update(environment)
     torch.set_num_threads(1)
     net.CapsNet.__init__.__kwdefaults__.update(TINY)
@@ -153,12 +167,7 @@ def start_child(output, *parts, prepare=None, **environment):
     `output` is the file for what it prints; `prepare` is called in it first.
     """
     arguments = ["--no-cuda", *argv(*parts)]
-    child = FORKS.Process(target=run_child, args=(arguments, output, environment, prepare))
-    child.daemon = True  # it ends with these tests
-    with pytest.MonkeyPatch.context() as patch:  # for the first one, that all are forked from
-        patch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}")
-        child.start()
-    return child
+    return fork(run_child, arguments, output, environment, prepare)
 
 
 def finish(*children):

@@ -1,5 +1,6 @@
 """Several processes compute what one does (gloo, on the CPU)."""
 
+import os
 import signal
 import socket
 from argparse import Namespace
@@ -14,8 +15,10 @@ from helpers import (
     argv,
     checkpoint,
     finish,
+    fork,
     log,
     main,
+    print_to,
     relative_error,
     start_child,
     wait_for,
@@ -143,11 +146,18 @@ def test_failure_of_one_process_ends_both(fashion, tmp_path):
     assert first == 1 and second not in (None, 0)
 
 
-def test_torchrun_trains_two_processes(fashion, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def run_torchrun(arguments, output):
+    """What `torchrun ARGUMENTS` does, in a process of its own: it changes signal handlers."""
+    print_to(output)
+    os.chdir(REPOSITORY)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torchrun(arguments)
+
+
+def test_torchrun_trains_two_processes(fashion, tmp_path):
     run = "net.py --no-cuda --dataset FashionMNIST --epochs 1"
-    places = ("--data-dir", fashion, "--output-dir", tmp_path)
-    torchrun(argv("--standalone --nproc-per-node 2", run, *places))
-    assert capfd.readouterr().out.count("result") == 1
-    assert log(tmp_path)[0]["step"] == 1
+    places = ("--data-dir", fashion, "--output-dir", tmp_path / "run")
+    arguments = argv("--standalone --nproc-per-node 2", run, *places)
+    assert finish(fork(run_torchrun, arguments, tmp_path / "output")) == [0]
+    assert (tmp_path / "output").read_text().count("result") == 1
+    assert log(tmp_path / "run")[0]["step"] == 1

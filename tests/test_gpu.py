@@ -1,12 +1,11 @@
 """The GPU computes what the CPU computes. Skipped where there is none."""
 
-import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import normal, relative_error
+from helpers import NEVER, argv, log, normal, relative_error
 
 import net
 
@@ -23,24 +22,15 @@ def exact(small):
 
 
 @pytest.fixture
-def train(fashion, tmp_path):
-    """Call it with flags to train for two epochs by the command line; it returns the last epoch."""
+def last_epoch(train):
+    """Call it with flags to train for two epochs by the command line; it returns the last one."""
 
-    def train(*flags):
-        folder = tmp_path / "-".join(["run", *flags])
-        argv = ["--dataset", "FashionMNIST", "--with_reconstruction", "--epochs", "2", *flags]
-        argv += [
-            "--data-dir",
-            str(fashion),
-            "--output-dir",
-            str(folder),
-            "--batch-size",
-            f"{BATCH}",
-        ]
-        assert net.main(argv) == 0
-        return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    def last_epoch(*flags, device=""):
+        name = "-".join(["run", *argv(*flags, device)])
+        run = f"--with_reconstruction --epochs 2 --batch-size {BATCH}"
+        return log(train(run, *flags, name=name, device=device))[-1]
 
-    return train
+    return last_epoch
 
 
 def images_and_labels():
@@ -73,28 +63,27 @@ def test_losses_and_gradients_of_the_network_are_the_same():
         assert relative_error(ours.cpu(), theirs) < 1e-4
 
 
-def test_fp32_training_is_the_same(train):
-    gpu, cpu = train("--precision", "fp32"), train("--precision", "fp32", "--no-cuda")
+def test_fp32_training_is_the_same(last_epoch):
+    gpu, cpu = last_epoch(), last_epoch(device="--no-cuda")
     for key in ("train_loss", "test_loss", "test_reconstruction_loss"):
         assert gpu[key] == pytest.approx(cpu[key], rel=1e-3)
 
 
-def test_bf16_training_is_nearly_the_same(train):
-    half, full = train("--precision", "bf16"), train("--precision", "fp32")
+def test_bf16_training_is_nearly_the_same(last_epoch):
+    half, full = last_epoch("--precision bf16"), last_epoch()
     assert half["train_loss"] == pytest.approx(full["train_loss"], rel=0.02)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_training_is_nearly_the_same(train, precision):
-    compiled = train("--precision", precision, "--compile")
-    eager = train("--precision", precision)
-    tolerance = {"fp32": 1e-3, "bf16": 0.02}[precision]
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.02)])
+def test_compiled_training_is_nearly_the_same(last_epoch, precision, tolerance):
+    compiled = last_epoch("--compile --precision", precision)
+    eager = last_epoch("--precision", precision)
     assert compiled["train_loss"] == pytest.approx(eager["train_loss"], rel=tolerance)
 
 
 def a_run(*flags):
     """(run, its data on the GPU): 64 random images, one epoch."""
-    args = net.build_parser().parse_args(["--with_reconstruction", "--epochs", "1", *flags])
+    args = net.build_parser().parse_args(argv("--with_reconstruction --epochs 1", *flags))
     torch.manual_seed(args.seed)
     model = net.CapsNet(with_reconstruction=True).to(GPU)
     images = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8, device=GPU)
@@ -106,8 +95,8 @@ def a_run(*flags):
 def test_identical_runs_end_with_identical_weights():
     ends = []
     for _ in range(2):
-        run, data = a_run("--precision", "fp32")
-        net.train_epoch(run, data, SimpleNamespace(agreed=lambda: 0))
+        run, data = a_run("--precision fp32")
+        net.train_epoch(run, data, NEVER)
         ends.append([parameter.detach() for parameter in run.model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 

@@ -1,17 +1,15 @@
 """Training and evaluation."""
 
-import json
 import math
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import NEVER, argv, checkpoint, log
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import net
-
-NEVER = SimpleNamespace(signal=0, agreed=lambda: 0)  # a Stop without a signal
 
 
 @pytest.fixture
@@ -25,7 +23,7 @@ def start(small, tmp_path):
     """Call it with training data and flags: a run that is about to begin."""
 
     def start(data, *flags):
-        args = net.build_parser().parse_args(["--no-cuda", "--precision", "fp32", *flags])
+        args = net.build_parser().parse_args(argv("--no-cuda --precision fp32", *flags))
         args.in_channels, args.image_size, args.num_classes = 1, 28, 10
         torch.manual_seed(args.seed)
         model = net.make_model(args)
@@ -34,33 +32,15 @@ def start(small, tmp_path):
     return start
 
 
-def train(run, data):
+def train_epochs(run, data):
     """All epochs of a run, without tests and saves."""
     while run.epoch < run.args.epochs:
         net.train_epoch(run, data, NEVER)
         run.epoch += 1
 
 
-@pytest.fixture
-def main(small, fashion, tmp_path):
-    """Call it with flags to train by the command line; it returns the run folder."""
-
-    def main(*flags, name="run", status=0):
-        places = ("--data-dir", fashion, "--output-dir", tmp_path / name)
-        sizes = ("--epochs", 2, "--batch-size", 16, "--precision", "fp32", "--no-cuda")
-        argv = ("--dataset", "FashionMNIST", "--with_reconstruction", *places, *sizes, *flags)
-        assert net.main([str(arg) for arg in argv]) == status
-        return tmp_path / name
-
-    return main
-
-
 def weights(folder):
-    return torch.load(folder / "last.pt", weights_only=True)["model"]
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return checkpoint(folder)["model"]
 
 
 def equal(a, b):
@@ -73,18 +53,13 @@ def copied(model):
 
 
 @pytest.fixture
-def losses(monkeypatch):
+def losses(spy):
     """The training loss of every step, as it is computed, and how many examples it is of."""
-    seen, original = [], net.CapsNet.losses
 
-    def spy(model, output, digits, labels):
-        values = original(model, output, digits, labels)
-        if model.training:
-            seen.append((values[0].mean().item(), len(labels)))
-        return values
+    def note(result, model, output, digits, labels):
+        return result[0].mean().item(), len(labels), model.training
 
-    monkeypatch.setattr(net.CapsNet, "losses", spy)
-    return seen
+    return spy(net.CapsNet, "losses", note)
 
 
 # ---- Learning --------------------------------------------------------------------------------
@@ -92,34 +67,36 @@ def losses(monkeypatch):
 
 def test_32_examples_are_learned_without_an_error(start, data):
     few = net.Digits(*data[0][:32])
-    run = start(few, "--batch-size", "16", "--lr", "0.01", "--epochs", "40")
-    train(run, few)
+    run = start(few, "--batch-size 16 --lr 0.01 --epochs 40")
+    train_epochs(run, few)
     assert net.averages(net.evaluate(run.model, few, 32), "train")["train_wrong"] == 0
 
 
 def test_first_losses_are_the_golden_ones(start, data, losses):
     """After a change that is meant to change them, copy what this prints when it fails."""
-    flags = ("--batch-size", "12", "--lr", "0.001", "--lr-decay", "0.005", "--with_reconstruction")
-    net.train_epoch(start(data[0], *flags), data[0], NEVER)
+    flags = "--batch-size 12 --lr 0.001 --lr-decay 0.005 --with_reconstruction"
+    net.train_epoch(start(data[0], flags), data[0], NEVER)
     golden = [0.870216, 0.864560, 0.839104, 0.787216, 0.706899]
-    assert [loss for loss, _ in losses[:5]] == pytest.approx(golden, rel=1e-4)
+    assert [loss for loss, _, _ in losses[:5]] == pytest.approx(golden, rel=1e-4)
 
 
-def test_identical_runs_end_with_identical_weights(main):
-    assert equal(weights(main(name="one")), weights(main(name="other")))
+def test_identical_runs_end_with_identical_weights(train):
+    one, other = (train("--epochs 2 --with_reconstruction", name=name) for name in "ab")
+    assert equal(weights(one), weights(other))
 
 
 def test_training_leaves_no_weight_as_it_was(start, data):
-    run = start(data[0], "--batch-size", "16", "--with_reconstruction")
+    run = start(data[0], "--batch-size 16 --with_reconstruction")
     before = copied(run.model)
     net.train_epoch(run, data[0], NEVER)
     assert all(not torch.equal(before[name], w) for name, w in run.model.state_dict().items())
 
 
-def test_loss_in_the_log_is_the_mean_over_the_examples(main, losses):
-    (entry,) = log(main("--batch-size", 24, "--epochs", 1))
-    assert [count for _, count in losses] == [24, 24, 16]
-    mean = sum(loss * count for loss, count in losses) / 64
+def test_loss_in_the_log_is_the_mean_over_the_examples(train, losses):
+    (entry,) = log(train("--batch-size 24 --with_reconstruction"))
+    of_training = [(loss, count) for loss, count, training in losses if training]
+    assert [count for _, count in of_training] == [24, 24, 16]
+    mean = sum(loss * count for loss, count in of_training) / 64
     assert entry["train_loss"] == pytest.approx(mean, rel=1e-6)
 
 
@@ -148,10 +125,10 @@ def pretended_gpu(monkeypatch):
         ]
 
 
-@pytest.mark.parametrize("flags", [["--with_reconstruction"], ["--model", "baseline"]])
+@pytest.mark.parametrize("flags", ["--with_reconstruction", "--model baseline"])
 def test_no_step_waits_for_a_gpu_or_mixes_it_with_the_cpu(start, data, pretended_gpu, flags):
     training, test = pretended_gpu(*data)
-    run = start(training, "--batch-size", "24", "--log-interval", "1000", *flags)
+    run = start(training, "--batch-size 24 --log-interval 1000", flags)
     net.train_epoch(run, training, NEVER)
     sums = net.evaluate(run.model, test, 24)
     for tensor in (run.sums, run.bad_steps, sums):
@@ -168,21 +145,18 @@ def test_learning_rate_falls_exponentially(step, rate):
 
 
 @pytest.fixture
-def steps(monkeypatch):
+def steps(spy):
     """(learning rate, seed) of every training step."""
-    seen, original = [], net.train_step
 
-    def spy(objective, optimizer, *batch):
-        seen.append((optimizer.param_groups[0]["lr"], torch.initial_seed()))
-        return original(objective, optimizer, *batch)
+    def note(result, objective, optimizer, *batch):
+        return optimizer.param_groups[0]["lr"], torch.initial_seed()
 
-    monkeypatch.setattr(net, "train_step", spy)
-    return seen
+    return spy(net, "train_step", note)
 
 
 def test_every_step_has_its_learning_rate(start, data, steps):
-    run = start(data[0], "--batch-size", "16", "--epochs", "2", "--lr-decay", "0.01")
-    train(run, data[0])
+    run = start(data[0], "--batch-size 16 --epochs 2 --lr-decay 0.01")
+    train_epochs(run, data[0])
     rates = [rate for rate, _ in steps]
     assert rates == pytest.approx([0.001 * 0.01 ** (step / 8) for step in range(8)])
 
@@ -191,11 +165,11 @@ def test_every_step_of_every_process_has_its_own_dropout(start, data, steps, mon
     for rank in range(2):
         monkeypatch.setattr(net, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(net, "process_count", lambda: 2)
-        train(start(data[0], "--batch-size", "16", "--epochs", "2"), data[0])
+        train_epochs(start(data[0], "--batch-size 16 --epochs 2"), data[0])
     assert len({seed for _, seed in steps}) == len(steps) == 2 * 8
 
 
-LEARNING = ("--epochs", 8, "--lr", 0.01)  # enough for the test error to fall
+LEARNING = "--epochs 8 --lr 0.01"  # enough for the test error to fall
 
 
 @pytest.fixture
@@ -208,15 +182,20 @@ def wrong_test_set(fashion, tmp_path):
     return tmp_path / "data"
 
 
-def test_test_set_has_no_influence_on_training(main, wrong_test_set):
-    ours, others = main(*LEARNING), main(*LEARNING, "--data-dir", wrong_test_set, name="other")
+@pytest.fixture
+def two_runs(train, wrong_test_set):
+    """Two runs that differ in their test sets alone."""
+    return train(LEARNING), train(LEARNING, "--data-dir", wrong_test_set, name="other")
+
+
+def test_test_set_has_no_influence_on_training(two_runs):
+    ours, others = two_runs
     assert equal(weights(ours), weights(others))
 
 
-def test_influence_of_the_test_set_would_be_seen(main, wrong_test_set):
-    ours, others = main(*LEARNING), main(*LEARNING, "--data-dir", wrong_test_set, name="other")
-    first, last = ([log(folder)[n]["test_wrong"] for folder in (ours, others)] for n in (0, -1))
-    assert last[0] < first[0] and last[1] >= first[1]
+def test_influence_of_the_test_set_would_be_seen(two_runs):
+    ours, others = ([entry["test_wrong"] for entry in log(folder)] for folder in two_runs)
+    assert ours[-1] < ours[0] and others[-1] >= others[0]
 
 
 # ---- Evaluation ------------------------------------------------------------------------------
@@ -271,8 +250,8 @@ def test_autocast_would_be_seen(model, data):
         assert not torch.equal(model(data[1].tensors[0] / 255).lengths, expected)
 
 
-def test_run_in_bf16_is_tested_in_fp32(main, data):
-    folder = main("--precision", "bf16")
+def test_run_in_bf16_is_tested_in_fp32(train, data):
+    folder = train("--precision bf16 --with_reconstruction")
     model, _ = net.load_checkpoint(folder)
     loss = net.averages(net.evaluate(model, data[1], 1000), "test")["test_loss"]
     assert log(folder)[-1]["test_loss"] == pytest.approx(loss, rel=1e-6)  # 2e-4 in bf16
@@ -315,29 +294,24 @@ def break_step(monkeypatch):
 
 
 @pytest.mark.parametrize("interval", [1, 3, 100])
-def test_loss_that_is_not_finite_is_reported_with_its_step_and_learning_rate(
-    main, break_step, capsys, interval
-):
+def test_step_and_rate_of_a_loss_that_is_not_finite_are_named(train, break_step, capsys, interval):
     break_step(5)
-    main("--lr-decay", "0.01", "--log-interval", interval, status=1)
+    train("--epochs 2 --lr-decay 0.01 --log-interval", interval, status=1)
     assert f"step 5 (learning rate {0.001 * 0.01 ** (5 / 8):.3g})" in capsys.readouterr().err
 
 
-def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(main, break_step):
+def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(train, break_step):
     break_step(4)
-    assert log(main(status=1))[-1]["epoch"] == 1
+    folder = train("--epochs 2", status=1)
+    assert checkpoint(folder)["epoch"] == 1
+    assert all(weight.isfinite().all() for weight in weights(folder).values())
 
 
-def test_all_in_the_last_good_checkpoint_is_finite(main, break_step):
-    break_step(4)
-    assert all(weight.isfinite().all() for weight in weights(main(status=1)).values())
+def test_exploding_run_saves_nothing(train):
+    assert not (train("--lr 1e30", status=1) / "last.pt").exists()
 
 
-def test_exploding_run_saves_nothing(main):
-    assert not (main("--lr", "1e30", status=1) / "last.pt").exists()
-
-
-def test_exploding_run_says_that_a_lower_learning_rate_may_help(main, capsys):
-    main("--lr", "1e30", status=1)
+def test_exploding_run_says_that_a_lower_learning_rate_may_help(train, capsys):
+    train("--lr 1e30", status=1)
     (line,) = capsys.readouterr().err.splitlines()
     assert "a lower --lr may help" in line
