@@ -253,6 +253,7 @@ def test_validation_that_leaves_no_training_image_is_refused(fashion, validation
 
 # ---- Damaged files ---------------------------------------------------------------------------
 
+
 IDX_FILES = list(net.MNIST_SHA256)
 SOURCES = list(net.MNIST_SOURCES)
 

@@ -7,22 +7,26 @@ import shlex
 import nbformat
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, write_fashion, write_idx
+from helpers import LONG, REPOSITORY, TINY, main, write_fashion, write_idx
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 import net
 
 NOTEBOOK = REPOSITORY / "reconstruction_visualization.ipynb"
 IMAGES = REPOSITORY / "images"
-SMALL = f"import net\n\nnet.CapsNet.__init__.__kwdefaults__.update({TINY})"
+START = """%reset -f
+import os
+import net
+os.environ.update({})
+os.chdir({!r})
+net.CapsNet.__init__.__kwdefaults__.update({})"""
 README = (REPOSITORY / "README.md").read_text()
 KEPT = (
     *("figure_3", "figure_4", "shown", "deltas", "named", "mistakes", "gallery"),
     *("easy", "ambiguous", "routed", "votes"),
 )
-KEEP = "torch.save({{name: globals()[name] for name in {}}}, {!r})"
+KEEP = "import torch\ntorch.save({{name: globals()[name] for name in {}}}, {!r})"
 SLIDE = "with torch.enable_grad():  # as in a widget's callback\n    sliders['n0'].value = 0.3"
 
 
@@ -39,9 +43,9 @@ def tiny():
 def checkpoint(tiny, fashion, tmp_path_factory):
     """A pretrained file of a tiny CapsNet, trained for two epochs."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    flags = f"--dataset FashionMNIST --data-dir {fashion} --output-dir {folder / 'run'}"
-    flags += " --with_reconstruction --no-cuda --precision fp32 --epochs 2 --batch-size 16"
-    assert net.main(shlex.split(flags)) == 0
+    flags = "--dataset FashionMNIST --with_reconstruction --precision fp32 --epochs 2"
+    flags += " --batch-size 16"
+    assert main(flags, "--data-dir", fashion, "--output-dir", folder / "run") == 0
     net.save_pretrained(folder / "run", folder / "pretrained.pt", fashion)
     return folder / "pretrained.pt"
 
@@ -58,49 +62,71 @@ def test_images(fashion):
     return images, labels.squeeze(1)
 
 
-def execute(folder, checkpoint, data_dir, **parameters):
-    """(notebook, variables, error) after its cells have run, in `folder`, with a tiny CapsNet."""
+def parameters(**values):
+    """The environment variables that set the notebook's parameters."""
+    own_image = REPOSITORY / "tests" / "five.jpg"
+    names = {"IMAGES": "", "RESULTS": "results", "OWN_IMAGE": own_image, **values}
+    return {f"CAPSNET_{name}": str(value) for name, value in names.items()}
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """The client of one kernel, which has imported what the notebook imports."""
+    limits = {"timeout": LONG, "startup_timeout": LONG, "shutdown_kernel": "immediate"}
+    client = NotebookClient(nbformat.v4.new_notebook(), **limits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with client.setup_kernel():
+            yield client
+
+
+def execute(kernel, folder, **values):
+    """(notebook, variables) after its cells have run, in `folder`, with a tiny CapsNet."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+    start = START.format(parameters(**values), str(folder), TINY)
     keep = KEEP.format(KEPT, str(folder / "kept.pt"))
     new = nbformat.v4.new_code_cell
-    notebook.cells = [new(SMALL), *notebook.cells, new(SLIDE), new(keep)]
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": f"{folder}"}})
-    parameters |= {"CHECKPOINT": checkpoint, "DATA_DIR": data_dir}
-    error = None
+    notebook.cells = [new(start), *notebook.cells, new(SLIDE), new(keep)]
+    kernel.nb = notebook
+    for place, cell in enumerate(notebook.cells):
+        kernel.execute_cell(cell, place)
+    kernel.set_widgets_metadata()
+    return notebook, torch.load(folder / "kept.pt")
+
+
+def fail_in_a_cell(folder, checkpoint, data_dir):
+    """(source of the cell that raises an error, the error), without a kernel."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPOSITORY))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        for name in ("IMAGES", "RESULTS"):
-            patch.delenv(f"CAPSNET_{name}", raising=False)
-        patch.setenv("CAPSNET_OWN_IMAGE", str(REPOSITORY / "tests" / "five.jpg"))
-        for name, value in parameters.items():
-            patch.setenv(f"CAPSNET_{name}", str(value))
-        try:
-            client.execute()
-        except CellExecutionError as stopped:
-            error = stopped
-    kept = folder / "kept.pt"
-    return notebook, torch.load(kept) if kept.exists() else None, error
+        for name, value in parameters(CHECKPOINT=checkpoint, DATA_DIR=data_dir).items():
+            patch.setenv(name, value)
+        patch.chdir(folder)
+        names = {}
+        for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+            if cell.cell_type == "code":
+                try:
+                    exec(cell.source, names)
+                except net.Failure as failure:
+                    return cell.source, str(failure)
 
 
 @pytest.fixture(scope="module")
-def executed(checkpoint, fashion, tmp_path_factory):
+def executed(kernel, checkpoint, fashion, tmp_path_factory):
     """(notebook, its variables, folder) of a run that is not complete, with several mistakes."""
     folder = tmp_path_factory.mktemp("executed")
     content = torch.load(checkpoint)
     content["args"]["epochs"] = 5
     torch.save(content, folder / "unfinished.pt")
+    data = {"CHECKPOINT": folder / "unfinished.pt", "DATA_DIR": fashion}
     places = {"IMAGES": folder / "images", "RESULTS": REPOSITORY / "results"}
-    notebook, variables, error = execute(folder, folder / "unfinished.pt", fashion, **places)
-    assert error is None, error
-    return notebook, variables, folder
+    return *execute(kernel, folder, **data, **places), folder
 
 
 @pytest.fixture(scope="module")
-def flawless(model, checkpoint, test_images, tmp_path_factory):
+def flawless(kernel, model, checkpoint, test_images, tmp_path_factory):
     """(notebook, folder) for test images that are labelled as the model classifies them.
 
     No folder is named for the figures, none of runs is there, and the own image is a text file.
@@ -111,8 +137,8 @@ def flawless(model, checkpoint, test_images, tmp_path_factory):
     raw = data / "FashionMNIST" / "raw"
     write_idx(raw / "t10k-labels-idx1-ubyte", labels.to(torch.uint8))
     (folder / "text.txt").write_text("not an image")
-    notebook, _, error = execute(folder, checkpoint, data, OWN_IMAGE="text.txt")
-    assert error is None, error
+    values = {"CHECKPOINT": checkpoint, "DATA_DIR": data, "OWN_IMAGE": "text.txt"}
+    notebook, _ = execute(kernel, folder, **values)
     return notebook, folder
 
 
@@ -141,6 +167,8 @@ def has_warnings(notebook):
 
 
 # ---- executed on a small checkpoint ----------------------------------------------------------
+
+
 def test_it_draws_the_images_that_are_kept(executed):
     names = {file.name for file in (executed[2] / "images").iterdir()}
     assert names == {file.name for file in IMAGES.iterdir()}
@@ -256,36 +284,27 @@ def test_error_that_differs_from_the_recorded_one_is_said(flawless):
     assert "The two differ" in printed(flawless[0])
 
 
-def stopped_at(notebook):
-    """The source of the cell that raised an error."""
-    for cell in notebook.cells:
-        if "error" in [output.output_type for output in cell.get("outputs", [])]:
-            return cell.source
-
-
 def trains_a_usable_model(text):
     """Whether `text` has a command that trains a CapsNet with a decoder."""
     line = re.search(r"`python net\.py (.*?)`", text)
     return line and net.build_parser().parse_args(shlex.split(line[1])).with_reconstruction
 
 
-def test_missing_checkpoint_stops_at_its_cell_with_the_command_that_makes_one(tmp_path, fashion):
-    notebook, _, error = execute(tmp_path, tmp_path / "missing.pt", fashion)
-    assert "load_checkpoint" in stopped_at(notebook)
-    assert "missing.pt" in error.evalue and trains_a_usable_model(error.evalue)
+def test_missing_checkpoint_stops_with_the_command_that_makes_one(tmp_path, fashion):
+    cell, error = fail_in_a_cell(tmp_path, tmp_path / "missing.pt", fashion)
+    assert "load_checkpoint" in cell
+    assert "missing.pt" in error and trains_a_usable_model(error)
 
 
-def test_checkpoint_without_a_decoder_stops_at_its_cell_with_that_command(tiny, tmp_path, fashion):
-    model = net.CapsNet()
-    args = {"model": "capsnet", "in_channels": 1, "image_size": 28, "num_classes": 10}
-    args |= {"routing_iterations": 3, "with_reconstruction": False, "reconstruction_weight": 0}
-    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "plain.pt")
-    notebook, _, error = execute(tmp_path, tmp_path / "plain.pt", fashion)
-    assert "load_checkpoint" in stopped_at(notebook)
-    assert "no decoder" in error.evalue and trains_a_usable_model(error.evalue)
+def test_checkpoint_without_a_decoder_stops_with_that_command(finished, tiny, tmp_path, fashion):
+    cell, error = fail_in_a_cell(tmp_path, finished, fashion)
+    assert "load_checkpoint" in cell
+    assert "no decoder" in error and trains_a_usable_model(error)
 
 
 # ---- the copy that is kept -------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def kept():
     return nbformat.read(NOTEBOOK, as_version=4)
@@ -357,6 +376,8 @@ def test_values_of_the_paper_are_those_of_table_1(tree):
 
 
 # ---- how it names the rows of Figure 4 -------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def measure(kept):
     """The notebook's measures of images (C, 28, 28), taken from its cell."""
@@ -412,6 +433,8 @@ def test_bar_that_is_moved_down_by_3_pixels_has_a_position_greater_by_3(measure)
 
 
 # ---- the pictures ----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("file", sorted(IMAGES.iterdir()), ids=lambda file: file.name)
 def test_background_of_a_picture_is_transparent(file):
     assert Image.open(file).convert("RGBA").getpixel((0, 0))[3] == 0

@@ -207,6 +207,8 @@ def test_stroke_that_is_thin_becomes_bright(file):
 
 
 # ---- What is around the digit ----------------------------------------------------------------
+
+
 def read(image, file):
     """A drawing, saved and read."""
     image.save(file, exif=image.getexif())
@@ -243,6 +245,8 @@ def test_speck_is_no_ink(file):
 
 
 # ---- What is said of it ----------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """The pretrained network's lengths (29, 10) for 29 drawings, and the digits drawn (29,)."""

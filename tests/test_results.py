@@ -97,6 +97,8 @@ def summary(errors):
 
 
 # ---- The rows --------------------------------------------------------------------------------
+
+
 @each_row
 def test_row_has_the_numbers_of_its_logs(row, commands):
     _, _, ours, n, epochs, _ = row
@@ -145,6 +147,8 @@ def test_every_complete_run_on_mnist_is_in_one_row():
 
 
 # ---- The headline ----------------------------------------------------------------------------
+
+
 def test_headline_is_the_first_row():
     (row, _), *_ = README_ROWS
     found = [100 - history[-1]["test_error"] for _, _, history in runs_of(row).values()]
@@ -169,6 +173,8 @@ def test_minutes_of_an_epoch_are_those_of_the_first_row():
 
 
 # ---- The queue -------------------------------------------------------------------------------
+
+
 def test_every_run_is_in_the_queue_once():
     named = [line[0].strip("`") for line in QUEUE]
     assert [name for name in RUNS if named.count(name) != 1] == []
@@ -199,6 +205,8 @@ def test_last_epochs_of_the_headline_equal_the_logs():
 
 
 # ---- The pretrained file ---------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def pretrained():
     return torch.load(RESULTS / "pretrained.pt", weights_only=True)
@@ -239,6 +247,8 @@ def test_output_in_readme_is_what_predict_prints(monkeypatch, capsys):
 
 
 # ---- Speed -----------------------------------------------------------------------------------
+
+
 def speed_lines(found):
     """README's lines of speed and memory, from a file that tests/benchmark.py wrote."""
     times = {(row["what"], row["r"], row["name"]): row for row in found["times"]}
