@@ -93,8 +93,9 @@ def test_60_steps_classify_85_percent_of_the_first_1000_test_images(mnist):
 
 @pytest.fixture
 def all_cores():
-    """As many threads as there are cores, unlike in the other tests."""
-    torch.set_num_threads(os.cpu_count())
+    """As many threads as this process has cores, unlike in the other tests."""
+    affinity = getattr(os, "sched_getaffinity", None)  # on Linux
+    torch.set_num_threads(len(affinity(0)) if affinity else os.cpu_count())
     yield
     torch.set_num_threads(1)
 
