@@ -10,7 +10,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
-from helpers import TINY, SmallBaseline, argv, main, write_fashion
+from helpers import QUICK, SmallBaseline, argv, main, shrink_nets, write_fashion
 
 import net
 
@@ -32,8 +32,7 @@ def fashion(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """Every CapsNet is tiny unless it says otherwise."""
-    for name, width in TINY.items():
-        monkeypatch.setitem(net.CapsNet.__init__.__kwdefaults__, name, width)
+    shrink_nets(monkeypatch)
 
 
 @pytest.fixture
@@ -50,9 +49,8 @@ def train(small, fashion, tmp_path):
     """
 
     def train(*flags, name="run", status=0, device="--no-cuda"):
-        places = argv("--data-dir", fashion, "--output-dir", tmp_path / name)
-        run = argv("--dataset FashionMNIST --epochs 1 --batch-size 16 --precision fp32", device)
-        assert net.main([*run, *places, *argv(*flags)]) == status
+        places = ("--data-dir", fashion, "--output-dir", tmp_path / name)
+        assert net.main(argv(QUICK, device, *places, *flags)) == status
         return tmp_path / name
 
     return train
@@ -64,10 +62,8 @@ def finished(fashion, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["net.py"])
-        for name, width in TINY.items():
-            patch.setitem(net.CapsNet.__init__.__kwdefaults__, name, width)
-        flags = "--dataset FashionMNIST --epochs 1 --batch-size 16 --precision fp32"
-        assert main(flags, "--data-dir", fashion, "--output-dir", folder) == 0
+        shrink_nets(patch)
+        assert main(QUICK, "--data-dir", fashion, "--output-dir", folder) == 0
     return folder
 
 

@@ -79,6 +79,15 @@ def write_fashion(folder, train=64, test=40):
     return Path(folder)
 
 
+def shrink_nets(patch):
+    """Make every CapsNet tiny unless it says otherwise."""
+    for name, width in TINY.items():
+        patch.setitem(net.CapsNet.__init__.__kwdefaults__, name, width)
+
+
+QUICK = "--dataset FashionMNIST --epochs 1 --batch-size 16 --precision fp32"  # 4 steps
+
+
 def argv(*parts):
     """A command line: a string is split as a shell would, anything else is one argument."""
     words = [shlex.split(part) if isinstance(part, str) else [str(part)] for part in parts]

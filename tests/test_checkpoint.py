@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
+    QUICK,
     REPOSITORY,
     Trap,
     checkpoint,
@@ -82,9 +83,8 @@ def test_killed_run_resumes_exactly(train, fashion, tmp_path):
     steps = random.randint(5, 8), random.randint(1, 8)  # the first epoch is always saved
     print(f"killed in steps {steps}")  # shown if this fails
     killed, data = tmp_path / "run", ("--data-dir", fashion)
-    begin = "--dataset FashionMNIST --epochs 4 --batch-size 16 --precision fp32"
     starts = [
-        ((begin, "--output-dir", killed), partial(die_in_training, steps[0])),
+        ((QUICK, "--epochs 4 --output-dir", killed), partial(die_in_training, steps[0])),
         (("--resume", killed), die_while_saving),
         (("--resume", killed), partial(die_in_training, steps[1])),
     ]

@@ -7,7 +7,7 @@ import shlex
 import nbformat
 import pytest
 import torch
-from helpers import LONG, REPOSITORY, TINY, main, write_fashion, write_idx
+from helpers import LONG, QUICK, REPOSITORY, TINY, main, shrink_nets, write_fashion, write_idx
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -34,8 +34,7 @@ SLIDE = "with torch.enable_grad():  # as in a widget's callback\n    sliders['n0
 def tiny():
     """Every CapsNet is tiny."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, width in TINY.items():
-            patch.setitem(net.CapsNet.__init__.__kwdefaults__, name, width)
+        shrink_nets(patch)
         yield
 
 
@@ -43,8 +42,7 @@ def tiny():
 def checkpoint(tiny, fashion, tmp_path_factory):
     """A pretrained file of a tiny CapsNet, trained for two epochs."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    flags = "--dataset FashionMNIST --with_reconstruction --precision fp32 --epochs 2"
-    flags += " --batch-size 16"
+    flags = f"{QUICK} --epochs 2 --with_reconstruction"
     assert main(flags, "--data-dir", fashion, "--output-dir", folder / "run") == 0
     net.save_pretrained(folder / "run", folder / "pretrained.pt", fashion)
     return folder / "pretrained.pt"
