@@ -530,9 +530,14 @@ def batches(data, batch_size, drawn=None, first=0):
         yield overlaid / 255, digits / 255, labels[chosen]  # CHOICE 13: pixels in [0, 1]
 
 
-def learning_rate(step, total_steps, lr, decay):
-    """The learning rate of a step: falls exponentially from lr to lr * decay (Sec. 4)."""
-    return lr * decay ** (step / total_steps)  # CHOICE 1: decay of the rate
+def learning_rate(step, total_steps, lr, decay, warm_up):
+    """The learning rate of a step: falls exponentially from lr to lr * decay (Sec. 4).
+
+    In the first warm_up steps it rises. Adam's first steps have its full length in every weight;
+    from PyTorch's initial weights that makes all capsules long at once, and MultiMNIST stays so.
+    """
+    rise = min(1, (step + 1) / warm_up)
+    return rise * lr * decay ** (step / total_steps)  # CHOICE 1: warm-up and decay of the rate
 
 
 # ==== Here the paper ends. What follows runs it. ==============================================
@@ -768,6 +773,7 @@ def load_checkpoint(file):
         raise Failure(unsafe) from error
     try:
         args = build_parser().parse_args([])  # what an older file does not tell is as by default
+        checkpoint["args"].setdefault("warm_up", 1)  # older ones had none
         vars(args).update(checkpoint["args"])
         model = make_model(args)
         put_taps_first(checkpoint)
@@ -883,8 +889,9 @@ class Run:
 
     def learning_rate(self, step):
         """The learning rate of a step of this run."""
-        total_steps = self.steps_per_epoch * self.args.epochs
-        return learning_rate(step, total_steps, self.args.lr, self.args.lr_decay)
+        args = self.args
+        total_steps = self.steps_per_epoch * args.epochs
+        return learning_rate(step, total_steps, args.lr, args.lr_decay, args.warm_up)
 
     def check_finite(self):
         """Raise Failure, naming the step, if the loss or a weight is no longer finite."""
@@ -1415,6 +1422,8 @@ def build_parser():
     add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
     left = "what the learning rate is multiplied by until the end"
     add("--lr-decay", type=fraction, default=0.05, metavar="D", help=left)
+    rises = "steps in which the learning rate rises to its start"
+    add("--warm-up", type=count, default=100, metavar="N", help=rises)
     add("--seed", type=whole, default=1, metavar="S", help="seed of all random numbers")
 
     add = parser.add_argument_group("data").add_argument

@@ -54,7 +54,7 @@ class Ours:
 
     def __init__(self, device, data, batch, r, precision, compile):
         net.keep_freed_memory()
-        arguments = dict(lr=1e-3, lr_decay=0.05, epochs=1, seed=1, log_interval=10**9)
+        arguments = dict(lr=1e-3, lr_decay=0.05, warm_up=100, epochs=1, seed=1, log_interval=10**9)
         options = dict(batch_size=batch, precision=precision, compile=compile)
         model = net.CapsNet(routing_iterations=r, with_reconstruction=True).to(device)
         self.data = data.to(device)

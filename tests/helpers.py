@@ -85,7 +85,7 @@ def shrink_nets(patch):
         patch.setitem(net.CapsNet.__init__.__kwdefaults__, name, width)
 
 
-QUICK = "--dataset FashionMNIST --epochs 1 --batch-size 16 --precision fp32"  # 4 steps
+QUICK = "--dataset FashionMNIST --epochs 1 --batch-size 16 --precision fp32 --warm-up 1"  # 4 steps
 
 
 def argv(*parts):

@@ -43,6 +43,7 @@ FLAGS = {
     "--model": "capsnet",
     "--reconstruction-weight": 0.0005,
     "--lr-decay": 0.05,
+    "--warm-up": 100,
     "--dataset": "MNIST",
     "--data-dir": "data",
     "--validation": 0,
@@ -118,6 +119,11 @@ def test_lr_decay_is_the_part_of_the_rate_that_is_left_at_the_end(train):
     saved = checkpoint(train("--lr-decay 0.01"))
     rate = saved["optimizer"]["param_groups"][0]["lr"]
     assert rate == pytest.approx(0.001 * 0.01 ** (3 / 4))
+
+
+def test_warm_up_is_the_number_of_steps_in_which_the_rate_rises(train):
+    saved = checkpoint(train("--warm-up 8 --lr-decay 1"))
+    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.001 * 4 / 8)
 
 
 def test_no_cuda_computes_on_the_cpu_where_there_is_a_gpu(trained, fashion, monkeypatch, capsys):

@@ -27,7 +27,7 @@ from torch.distributed.run import main as torchrun
 
 import net
 
-RUN = "--dataset FashionMNIST --with_reconstruction --precision fp32 --batch-size 10"
+RUN = "--dataset FashionMNIST --with_reconstruction --precision fp32 --batch-size 10 --warm-up 1"
 
 
 # ---- One step --------------------------------------------------------------------------------
@@ -39,7 +39,14 @@ def parameters_after(steps, batch_size, K):
     The last batch is short.
     """
     torch.manual_seed(0)
-    args = {"lr": 0.001, "lr_decay": 0.5, "epochs": 1, "precision": "fp32", "compile": False}
+    args = {
+        "lr": 0.001,
+        "lr_decay": 0.5,
+        "warm_up": 1,
+        "epochs": 1,
+        "precision": "fp32",
+        "compile": False,
+    }
     model = net.CapsNet(with_reconstruction=True, digits_per_image=K, **TINY).double()
     run = net.Run(None, Namespace(**args), model, steps_per_epoch=steps)
     data = net.Digits(torch.randint(256, (35, 1, 28, 28)).byte(), torch.arange(35) % 10, K)

@@ -40,6 +40,7 @@ def table(text):
 def read(folder):
     """(arguments, starts, history) of a run."""
     content = json.loads((folder / "args.json").read_text())
+    content["args"].setdefault("warm_up", 1)  # older runs had none
     lines = (folder / "log.jsonl").read_text().splitlines()
     return content["args"], content["starts"], [json.loads(line) for line in lines]
 

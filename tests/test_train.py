@@ -23,7 +23,7 @@ def start(small, tmp_path):
     """Call it with training data and flags: a run that is about to begin."""
 
     def start(data, *flags):
-        args = net.build_parser().parse_args(argv("--no-cuda --precision fp32", *flags))
+        args = net.build_parser().parse_args(argv("--no-cuda --precision fp32 --warm-up 1", *flags))
         args.in_channels, args.image_size, args.num_classes = 1, 28, 10
         torch.manual_seed(args.seed)
         model = net.make_model(args)
@@ -141,7 +141,12 @@ def test_no_step_waits_for_a_gpu_or_mixes_it_with_the_cpu(start, data, pretended
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 0.1), (500, 0.01), (1000, 0.001)])
 def test_learning_rate_falls_exponentially(step, rate):
-    assert net.learning_rate(step, 1000, 0.1, 0.01) == pytest.approx(rate)
+    assert net.learning_rate(step, 1000, 0.1, 0.01, warm_up=1) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 0.01), (4, 0.05), (9, 0.1), (10, 0.1), (99, 0.1)])
+def test_learning_rate_rises_in_the_first_steps(step, rate):
+    assert net.learning_rate(step, 100, 0.1, 1, warm_up=10) == pytest.approx(rate)
 
 
 @pytest.fixture
