@@ -1524,9 +1524,8 @@ def print_result(run):
     print(f"test it    {command(args, '--evaluate', file)}")
     print(f"use it     {command(args, '--evaluate', file, '--predict', 'IMAGE')}")
     if args.model == "capsnet":
-        print(
-            "see it     open reconstruction_visualization.ipynb, with CAPSNET_CHECKPOINT set to it"
-        )
+        variable = "CAPSNET_CHECKPOINT" if DATASETS[args.dataset] == 1 else "CAPSNET_MULTIMNIST"
+        print(f"see it     open reconstruction_visualization.ipynb, with {variable} set to it")
 
 
 def predict(model, args, device):
@@ -1609,6 +1608,9 @@ def fit_to_data(args, model, data, test):
     """The model for these data: a new one, or the given one if it fits. Raises Failure."""
     classes = max(int(part.tensors[1].max()) for part in (data, test)) + 1
     channels, height, width = data.tensors[0].shape[1:]
+    fewest = min(len(part.tensors[1].unique()) for part in (data, test))
+    if fewest < data.digits_per_image:
+        raise Failure("pairs need digits of two classes, in training and in testing")
     if height != width:
         raise Failure(f"images of {height} x {width} pixels: only square ones can be used")
     if model is None:  # the data's sizes are kept with the arguments, in the checkpoint

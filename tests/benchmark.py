@@ -218,6 +218,13 @@ def main():
     names = args.names or names
     found = {**net.environment(device), "rounds": args.rounds, "steps": args.steps}
     rows, peaks = [], []
+    found |= {"times": rows, "peaks": peaks}
+
+    def keep():
+        """Write what has been found so far."""
+        if args.json:
+            Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
     for batch in args.batches:
         racers = {}
         with contextlib.ExitStack() as stack:
@@ -237,15 +244,14 @@ def main():
                 ]
                 print(table(new), flush=True)
                 rows += new
+                keep()
     for action, batch, count in (("train", 128, 512), ("test", 1000, 1000)):
         for name in names:
             with Contestant(name, device, count, batch, 3, args.data_dir) as contestant:
                 peak = contestant.do(action)[1]
             peaks.append(dict(what=action, batch=batch, r=3, name=name, mib=peak))
             print(f"peak memory  {action}  batch {batch}  {name}  {peak} MiB", flush=True)
-    found |= {"times": rows, "peaks": peaks}
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+            keep()
 
 
 if __name__ == "__main__":

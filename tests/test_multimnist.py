@@ -63,6 +63,11 @@ def train(small, multi, tmp_path):
     return train
 
 
+def test_single_class_is_refused(train, capsys):
+    train("--validation", 1, status=1)
+    assert capsys.readouterr().err.count("pairs need digits of two classes") == 1
+
+
 # ---- Which digits ----------------------------------------------------------------------------
 
 
