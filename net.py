@@ -60,7 +60,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, and importing torch takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run notes it, Ctrl-C ends at once
 
 import torch
 import torch.distributed as dist
@@ -153,8 +153,8 @@ def spectral_conv2d(images, weight, stride):
     images (B, C, N, N), weight (Q, Q, C, O) -> (B, O, M, M). A convolution of stride s is a sum of
     s x s convolutions of stride 1, one for each phase, with T = Q / s taps each way (rounded up).
     Its Fourier transform is one product per frequency, summed over phases and channels: a product
-    of matrices. Such a convolution wraps around, after P = M + T - 1 places, which reaches none of
-    the M results that are kept. Spectra of real numbers are known from half of the frequencies.
+    of matrices. That convolution wraps around after P = M + T - 1 places, but what wraps falls on
+    T - 1 results that are dropped. Spectra of real numbers are known from half of the frequencies.
     For PrimaryCaps that makes 52 frequencies x 4 phases x 3 real products = 624 multiplications
     for each pair of channels, instead of 36 places x 81 taps = 2916. That this is what is fast on
     a CPU is shown by Zlateski et al., arXiv 1809.07851.
@@ -191,7 +191,7 @@ def spectral_conv2d(images, weight, stride):
 
     y = torch.bmm(x.unflatten(1, (B, S)), w.unflatten(1, (S, O))).flatten(1)  # (3R, B*O)
 
-    # Back to places: the real part of the spectrum times cos + i sin, over all frequencies.
+    # Back to places: the real part of spectrum x (cos + i sin), summed over all frequencies.
     cos, sin = (wave * count.unsqueeze(1) / P**2 for wave in waves(M))
     y = torch.cat([cos - sin, -sin, -cos]).to(y).T @ y  # (M*M, B*O)
     return y.view(M, M, B, O).permute(2, 3, 0, 1)
@@ -388,8 +388,13 @@ class Baseline(nn.Module):
         return Output(capsules=None, lengths=logits, reconstruction=None)
 
     def losses(self, output, digits, labels):
-        """(3, B): the cross-entropy, and zeros for the two losses that these networks lack."""
-        entropy = self.entropy(output.lengths, labels)
+        """(3, B): cross-entropy, of a softmax or, for two digits, of a sigmoid each; and zeros."""
+        logits = output.lengths
+        if labels.shape[1] == 1:
+            entropy = F.cross_entropy(logits, labels.squeeze(1), reduction="none")
+        else:
+            T = F.one_hot(labels, logits.shape[1]).sum(dim=1).to(logits.dtype)  # (B, J)
+            entropy = F.binary_cross_entropy_with_logits(logits, T, reduction="none").sum(dim=1)
         return torch.stack([entropy, torch.zeros_like(entropy), torch.zeros_like(entropy)])
 
 
@@ -407,10 +412,6 @@ class BaselineCNN(Baseline):
         layers += [nn.Linear(328, 192), nn.ReLU(), nn.Dropout(0.5), nn.Linear(192, num_classes)]
         self.layers = nn.Sequential(*layers)
 
-    def entropy(self, logits, labels):
-        """Cross-entropy of a softmax: (B, J), (B, 1) -> (B,)."""
-        return F.cross_entropy(logits, labels.squeeze(1), reduction="none")
-
 
 class MultiBaselineCNN(Baseline):
     """The convolutional network for images of two digits (Sec. 6)."""
@@ -425,14 +426,9 @@ class MultiBaselineCNN(Baseline):
         layers += [nn.Flatten(), nn.Linear(256 * (image_size // 4) ** 2, 1024), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(1024, num_classes))
 
-    def entropy(self, logits, labels):
-        """Cross-entropy of a sigmoid for each class, summed: (B, J), (B, K) -> (B,)."""
-        T = F.one_hot(labels, logits.shape[1]).sum(dim=1).to(logits.dtype)  # (B, J)
-        return F.binary_cross_entropy_with_logits(logits, T, reduction="none").sum(dim=1)
-
 
 MAX_SHIFT = {1: 2, 2: 4}  # pixels, each way, in images of one digit and of two
-PAIRS = 10  # images in which a digit of the test set lies over another one
+PAIRS = 10  # partners over which each digit of the test set is shown
 
 
 class Digits(TensorDataset):
@@ -498,7 +494,7 @@ def draw_test(data):
     if data.digits_per_image == 1:
         return everyone.unsqueeze(1), torch.zeros(len(data), 1, 2, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed_from("test"))
-    return draw_images(data, everyone.repeat(PAIRS), generator)  # CHOICE 16: 10 pairs of each
+    return draw_images(data, everyone.repeat(PAIRS), generator)  # CHOICE 16: pairs for testing
 
 
 def random_shift(images, shifts):
@@ -515,7 +511,9 @@ def random_shift(images, shifts):
 
 
 def batches(data, batch_size, drawn=None, first=0):
-    """Yield images (B, C, H, W), their digits (B, K, C, H, W), labels (B, K), as drawn or to test.
+    """Yield images (B, C, H, W), their digits (B, K, C, H, W) and labels (B, K).
+
+    `drawn` is from draw_epoch; without it, they are those for testing.
 
     The pixels are in [0, 1]. The digits are shifted and whole: what is to be reconstructed.
     """
@@ -533,8 +531,9 @@ def batches(data, batch_size, drawn=None, first=0):
 def learning_rate(step, total_steps, lr, decay, warm_up):
     """The learning rate of a step: falls exponentially from lr to lr * decay (Sec. 4).
 
-    In the first warm_up steps it rises. Adam's first steps have its full length in every weight;
-    from PyTorch's initial weights that makes all capsules long at once, and MultiMNIST stays so.
+    In the first warm_up steps it rises. Adam's first steps move each weight by the full rate,
+    however small its gradient is. From PyTorch's initial weights that makes all capsules long at
+    once, and on MultiMNIST they stay so.
     """
     rise = min(1, (step + 1) / warm_up)
     return rise * lr * decay ** (step / total_steps)  # CHOICE 1: warm-up and decay of the rate
@@ -1294,8 +1293,8 @@ def otsu(values):
     return (below * above * (mean_above - mean_below) ** 2).argmax() / 255
 
 
-def find_digit(ink):
-    """Which pixels are the digit's, not of specks or of a frame: (H, W) -> (H, W) bool."""
+def find_digits(ink, digits_per_image):
+    """Which pixels are the digits', not of specks or of a frame: (H, W) -> (H, W) bool."""
     mask = ink > otsu(ink) / 2
 
     # Number the pixels; the largest number of each connected part floods it.
@@ -1306,14 +1305,14 @@ def find_digit(ink):
     weights = torch.bincount(numbers.flatten(), (ink * mask).flatten())
     parts = [numbers == n for n in (weights > weights.max() / 10).nonzero()]
 
-    # A part that goes around another one on all sides is a frame.
+    # A part that goes around the digit, or around both digits, on all sides is a frame.
     corners = []
     for part in parts:
         rows, columns = part.nonzero().unbind(1)
         corners.append([rows.min(), columns.min(), -rows.max(), -columns.max()])
     corners = torch.tensor(corners)  # (parts, 4)
     surrounds = (corners.unsqueeze(1) < corners).all(dim=2)  # (parts, parts)
-    return torch.stack(parts)[~surrounds.any(dim=1)].any(dim=0)
+    return torch.stack(parts)[surrounds.sum(dim=1) < digits_per_image].any(dim=0)
 
 
 INK_SIDE = {1: 20 / 28, 2: 23 / 36}  # the longer side of the ink of one digit and of two (a mean)
@@ -1334,7 +1333,7 @@ def read_image(file, channels, size, digits_per_image=1):
         raise Failure(f"{file} is empty: nothing in it stands out from the paper")
 
     # Cut out the digit, with the soft edges of its strokes, at full contrast.
-    digit = find_digit(ink)
+    digit = find_digits(ink, digits_per_image)
     with_edges = F.max_pool2d(digit.float().unsqueeze(0), 3, stride=1, padding=1)[0]
     ink = (ink / ink[digit].max() * with_edges).clamp(max=1)
     rows, columns = (ink > 0.2).nonzero().unbind(1)
@@ -1419,10 +1418,10 @@ def build_parser():
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=count, default=128, metavar="N", help="images in a training step")
     add("--epochs", type=count, default=250, metavar="N", help="passes over the training set")
-    add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate at the start")
-    left = "what the learning rate is multiplied by until the end"
+    add("--lr", type=positive, default=0.001, metavar="LR", help="learning rate after the warm-up")
+    left = "part of the learning rate that is left at the end"
     add("--lr-decay", type=fraction, default=0.05, metavar="D", help=left)
-    rises = "steps in which the learning rate rises to its start"
+    rises = "steps in which the learning rate rises to LR; 1: none"
     add("--warm-up", type=count, default=100, metavar="N", help=rises)
     add("--seed", type=whole, default=1, metavar="S", help="seed of all random numbers")
 
@@ -1610,7 +1609,7 @@ def fit_to_data(args, model, data, test):
     channels, height, width = data.tensors[0].shape[1:]
     fewest = min(len(part.tensors[1].unique()) for part in (data, test))
     if fewest < data.digits_per_image:
-        raise Failure("pairs need digits of two classes, in training and in testing")
+        raise Failure("pairs need digits of two classes: change --validation")
     if height != width:
         raise Failure(f"images of {height} x {width} pixels: only square ones can be used")
     if model is None:  # the data's sizes are kept with the arguments, in the checkpoint
@@ -1678,8 +1677,6 @@ def start(args, model, checkpoint):
         if checkpoint and run.epoch == args.epochs:
             print("this run is complete; more --epochs would continue it")
         stopped = train(run, data, test, stop)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if stopped:
         print(f"stopped and saved; go on with: {command(args, '--resume', folder)}")
         return 128 + stopped
@@ -1706,8 +1703,10 @@ def main(argv=None):
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.deterministic = True
     try:
-        args, model, checkpoint = parse_args(argv)
-        return start(args, model, checkpoint)
+        status = start(*parse_args(argv))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
     except (Failure, OSError, UnicodeEncodeError) as failure:  # such as a closed pipe
         print("net.py:", *str(failure).splitlines(), file=sys.stderr, flush=True)
     if dist.is_initialized():

@@ -211,9 +211,9 @@ def test_run_in_bf16_resumes_exactly(whole_and_resumed):
 
 
 def test_run_saved_before_taps_lay_first_resumes_exactly(train, interrupt, fashion):
-    whole = train(name="whole")
+    whole = train(THREE_EPOCHS, name="whole")
     interrupt("train_step", 6, signal.SIGTERM)
-    stopped = train(name="stopped", status=143)
+    stopped = train(THREE_EPOCHS, name="stopped", status=143)
     saved = checkpoint(stopped)
     moments = saved["optimizer"]["state"][2]
     for name in ("exp_avg", "exp_avg_sq"):
