@@ -3,12 +3,14 @@
 import ast
 import re
 import shlex
+import shutil
 
 import nbformat
 import pytest
 import torch
 from helpers import LONG, QUICK, REPOSITORY, TINY, main, shrink_nets, write_fashion, write_idx
 from nbclient import NotebookClient
+from nbclient.output_widget import OutputWidget
 from PIL import Image
 
 import net
@@ -18,15 +20,16 @@ IMAGES = REPOSITORY / "images"
 START = """%reset -f
 import os
 import net
+net.MNIST_SHA256.clear()  # the files of MNIST are small ones
 os.environ.update({})
 os.chdir({!r})
 net.CapsNet.__init__.__kwdefaults__.update({})"""
 README = (REPOSITORY / "README.md").read_text()
 KEPT = (
     *("figure_3", "figure_4", "shown", "deltas", "named", "mistakes", "gallery"),
-    *("easy", "ambiguous", "routed", "votes"),
+    *("easy", "ambiguous", "routed", "votes", "pairs", "classes", "read"),
 )
-KEEP = "import torch\ntorch.save({{name: globals()[name] for name in {}}}, {!r})"
+KEEP = "import torch\ntorch.save({{name: globals().get(name) for name in {}}}, {!r})"
 SLIDE = "with torch.enable_grad():  # as in a widget's callback\n    sliders['n0'].value = 0.3"
 
 
@@ -49,6 +52,25 @@ def checkpoint(tiny, fashion, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A data folder with a small FashionMNIST and the same as MNIST. Do not change it."""
+    folder = write_fashion(tmp_path_factory.mktemp("data"))
+    shutil.copytree(folder / "FashionMNIST", folder / "MNIST")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_on_pairs(tiny, data_dir, tmp_path_factory):
+    """The folder of a short run on MultiMNIST."""
+    folder = tmp_path_factory.mktemp("pairs")
+    flags = f"{QUICK} --dataset MultiMNIST --with_reconstruction --lr 0.003"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(net, "MNIST_SHA256", {})
+        assert main(flags, "--data-dir", data_dir, "--output-dir", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
 def model(checkpoint):
     return net.load_checkpoint(checkpoint)[0].eval()
 
@@ -63,7 +85,7 @@ def test_images(fashion):
 def parameters(**values):
     """The environment variables that set the notebook's parameters."""
     own_image = REPOSITORY / "tests" / "five.jpg"
-    names = {"IMAGES": "", "RESULTS": "results", "OWN_IMAGE": own_image, **values}
+    names = {"IMAGES": "", "MULTIMNIST": "", "RESULTS": "results", "OWN_IMAGE": own_image, **values}
     return {f"CAPSNET_{name}": str(value) for name, value in names.items()}
 
 
@@ -75,6 +97,9 @@ def kernel():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))
         patch.setenv("OMP_NUM_THREADS", "1")
+        # It would tell the kernel what a widget shows, by the socket that is being waited on, and
+        # then may never see the answer.
+        patch.setattr(OutputWidget, "sync_state", lambda widget: None)
         with client.setup_kernel():
             yield client
 
@@ -112,13 +137,14 @@ def fail_in_a_cell(folder, checkpoint, data_dir):
 
 
 @pytest.fixture(scope="module")
-def executed(kernel, checkpoint, fashion, tmp_path_factory):
+def executed(kernel, checkpoint, run_on_pairs, data_dir, tmp_path_factory):
     """(notebook, its variables, folder) of a run that is not complete, with several mistakes."""
     folder = tmp_path_factory.mktemp("executed")
     content = torch.load(checkpoint)
     content["args"]["epochs"] = 5
     torch.save(content, folder / "unfinished.pt")
-    data = {"CHECKPOINT": folder / "unfinished.pt", "DATA_DIR": fashion}
+    data = {"CHECKPOINT": folder / "unfinished.pt", "DATA_DIR": data_dir}
+    data["MULTIMNIST"] = run_on_pairs
     places = {"IMAGES": folder / "images", "RESULTS": REPOSITORY / "results"}
     return *execute(kernel, folder, **data, **places), folder
 
@@ -256,6 +282,21 @@ def test_votes_for_a_capsule_add_up_to_the_product_of_the_lengths_of_s_and_v(exe
         v = executed[1]["routed"][n, model.digit_caps.routing_iterations][0]
         s = (v / (1 - v)).sqrt()  # Eq. 1: v = s**2 / (1 + s**2)
         torch.testing.assert_close(votes.sum(dim=(0, 1)), s * v, rtol=1e-3, atol=1e-5)
+
+
+def test_pairs_in_figure_5_are_right_then_mistakes_then_drawn_from_an_absent_class(executed):
+    classes, read = executed[1]["classes"], executed[1]["read"]
+    kinds = []
+    for n, drawn, _ in executed[1]["pairs"]:
+        right = torch.equal(classes[n], read[n])
+        absent = drawn[1] not in classes[n]
+        kinds.append("absent" if right and absent else "right" if right else "mistake")
+        assert torch.equal(drawn, read[n]) or kinds[-1] == "absent"
+    assert kinds == 4 * ["right"] + 2 * ["mistake"] + 2 * ["absent"]
+
+
+def test_without_a_run_on_pairs_figure_5_is_not_drawn(flawless):
+    assert "not drawn: CAPSNET_MULTIMNIST names no run" in printed(flawless[0])
 
 
 def test_every_mistake_is_shown(executed):
