@@ -332,7 +332,8 @@ def test_load_checkpoint_takes_a_folder_or_a_file(trained, name):
 def refusal(capsys, *args):
     """What net says on stderr, in one line, when it refuses."""
     capsys.readouterr()
-    with warnings.catch_warnings(record=True, action="always") as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         assert main(*args) == 1
     assert not warned
     (line,) = capsys.readouterr().err.splitlines()
