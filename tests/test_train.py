@@ -136,6 +136,25 @@ def test_no_step_waits_for_a_gpu_or_mixes_it_with_the_cpu(start, data, pretended
     assert run.step == 3
 
 
+def test_restored_state_of_adam_lies_in_memory_as_the_weight_does(small, tmp_path):
+    args = net.build_parser().parse_args(argv("--precision fp32"))
+    run = net.Run(tmp_path, args, net.CapsNet(in_channels=3), steps_per_epoch=1)
+    images = torch.rand(2, 3, 28, 28)
+    batch = (images, images.unsqueeze(1), torch.tensor([[0], [1]]))
+    net.train_step(run.objective, run.optimizer, *batch)
+    saved = run.checkpoint()
+    first = saved["optimizer"]["state"][0]
+    first["exp_avg"], first["exp_avg_sq"] = (
+        first[k].contiguous() for k in ("exp_avg", "exp_avg_sq")
+    )
+    again = net.Run(tmp_path, args, net.CapsNet(in_channels=3), steps_per_epoch=1, checkpoint=saved)
+    weight = again.model.conv1.weight
+    for name in ("exp_avg", "exp_avg_sq"):
+        state = again.optimizer.state[weight][name]
+        assert torch.equal(state, first[name]) and state.stride() == weight.stride()
+    assert not weight.is_contiguous()
+
+
 # ---- Learning rate ---------------------------------------------------------------------------
 
 
