@@ -206,7 +206,8 @@ class PrimaryCaps(nn.Module):
     """Primary capsules (Sec. 4): a convolution whose output is cut into capsules, then squashed.
 
     One capsule is `dim` channels at one place of the grid, never neighbouring places. `weight`
-    (Q, Q, C, types*D) is nn.Conv2d's with its taps first, as spectral_conv2d cuts them into phases.
+    (Q, Q, C, types*D) is nn.Conv2d's with its taps first, as spectral_conv2d cuts them into phases;
+    merely strided so it would be copied by Adam in each step.
     """
 
     def __init__(self, in_channels=256, types=32, dim=8, kernel_size=9, stride=2):
@@ -513,9 +514,8 @@ def random_shift(images, shifts):
 def batches(data, batch_size, drawn=None, first=0):
     """Yield images (B, C, H, W), their digits (B, K, C, H, W) and labels (B, K).
 
-    `drawn` is from draw_epoch; without it, they are those for testing.
-
-    The pixels are in [0, 1]. The digits are shifted and whole: what is to be reconstructed.
+    Pixels are in [0, 1]. The digits are shifted and whole: what is to be reconstructed. `drawn` is
+    draw_epoch's; without it, the images are draw_test's.
     """
     images, labels = data.tensors
     members, shifts = (part.to(images.device) for part in drawn or draw_test(data))
@@ -749,8 +749,9 @@ def put_taps_first(checkpoint):
         return
     place = list(weights).index("primary_caps.conv.weight")
     moments = checkpoint.get("optimizer", {"state": {}})["state"].get(place, {})
-    for name in {"exp_avg", "exp_avg_sq"} & moments.keys():
-        moments[name] = moments[name].permute(2, 3, 1, 0).contiguous()
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name in moments:
+            moments[name] = moments[name].permute(2, 3, 1, 0).contiguous()
     weights["primary_caps.bias"] = weights.pop("primary_caps.conv.bias")
     weight = weights.pop("primary_caps.conv.weight")
     weights["primary_caps.weight"] = weight.permute(2, 3, 1, 0).contiguous()
