@@ -904,12 +904,11 @@ class Run:
         kept = f"{self.folder / 'last.pt'}, if it exists, is the last good checkpoint"
         raise Failure(f"the loss is not finite {where}; a lower --lr may help; {kept}")
 
-    def finish_epoch(self, trained, tested):
+    def finish_epoch(self, results):
         """Write the epoch into the history and begin the next one."""
         self.epoch += 1
         entry = {"epoch": self.epoch, "step": self.step, "lr": self.learning_rate(self.step - 1)}
-        entry.update(trained)
-        entry.update(tested)
+        entry.update(results)
         entry["seconds"] = round(self.seconds, 2)
         entry["images_per_second"] = round(self.sums[IMAGES].item() / self.seconds, 1)
         self.history.append(entry)
@@ -1011,8 +1010,9 @@ def error_of(entry, name):
 
 def epoch_line(entry, epochs, name):
     """One epoch of the log in one line, with the time that the others will take."""
-    losses = f"loss {entry['train_loss']:.4f}, {name} loss {entry[f'{name}_loss']:.4f}"
-    line = f"epoch {entry['epoch']}/{epochs}  {error_of(entry, name)}  {losses}"
+    line = f"epoch {entry['epoch']}/{epochs}  loss {entry['train_loss']:.4f}"
+    if f"{name}_loss" in entry:
+        line += f", {name} loss {entry[f'{name}_loss']:.4f}  {error_of(entry, name)}"
     line += f"  {entry['seconds']:.1f} s"
     if entry["epoch"] < epochs:
         left = tqdm.format_interval(entry["seconds"] * (epochs - entry["epoch"]))
@@ -1028,20 +1028,24 @@ def split_name(args):
 def train_and_test(run, data, test, stop):
     """Train to the epoch's end, test and log; or less, if a signal comes, which is returned."""
     args = run.args
+    name = split_name(args)
     with memory_for("--batch-size", args.batch_size):
         train_epoch(run, data, stop)
     if stop.agreed():
         return stop.agreed()
-    try:
-        with memory_for("--test-batch-size", args.test_batch_size):
-            tested = evaluate(run.model, test, args.test_batch_size, stop)
-    except Failure:
-        run.save()  # the trained epoch is kept; a resumed run begins with its test
-        raise
-    if stop.agreed():
-        return stop.agreed()
-    name = split_name(args)
-    run.finish_epoch(averages(run.sums, "train"), averages(tested, name))
+    results = averages(run.sums, "train")
+    completed = run.epoch + 1
+    if completed % args.test_interval == 0 or completed == args.epochs:
+        try:
+            with memory_for("--test-batch-size", args.test_batch_size):
+                tested = evaluate(run.model, test, args.test_batch_size, stop)
+        except Failure:
+            run.save()  # the trained epoch is kept; a resumed run begins with its test
+            raise
+        if stop.agreed():
+            return stop.agreed()
+        results.update(averages(tested, name))
+    run.finish_epoch(results)
     print(epoch_line(run.history[-1], args.epochs, name), flush=True)
     return 0
 
@@ -1440,6 +1444,8 @@ def build_parser():
     add = run.add_argument
     add("--predict", nargs="+", metavar="IMAGE", help="with --evaluate: classify these instead")
     add("--log-interval", type=count, default=10, metavar="N", help="steps between two reports")
+    tests = "epochs between two tests; the last is always tested"
+    add("--test-interval", type=count, default=1, metavar="N", help=tests)
 
     add = parser.add_argument_group("speed").add_argument
     add("--test-batch-size", type=count, default=1000, metavar="N", help="images tested at a time")
@@ -1471,7 +1477,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.precision == "auto":
         args.precision = saved.get("precision", "fp32")
-    free = {"test_batch_size", "log_interval", "compile"}
+    free = {"test_batch_size", "log_interval", "test_interval", "compile"}
     if args.evaluate:
         free.add("routing_iterations")
     elif checkpoint["epoch"] == saved.get("epochs") <= args.epochs:

@@ -47,6 +47,7 @@ FLAGS = {
     "--dataset": "MNIST",
     "--data-dir": "data",
     "--validation": 0,
+    "--test-interval": 1,
     "--output-dir": None,
     "--resume": None,
     "--evaluate": None,
@@ -148,6 +149,16 @@ def test_seed_changes_the_order_and_the_shifts(train, shifted):
         train("--batch-size 64 --seed", seed, name=str(seed))
     (one, one_shifts), _, (other, other_shifts), _ = shifted
     assert not torch.equal(one, other) and not torch.equal(one_shifts, other_shifts)
+
+
+def test_interval_leaves_out_tests_but_never_the_last(train, capsys):
+    folder = train("--epochs 5 --test-interval 2")
+    assert [entry["epoch"] for entry in log(folder) if "test_wrong" in entry] == [2, 4, 5]
+    assert all("train_wrong" in entry for entry in log(folder))
+    said = re.findall(r"^epoch .* loss .* s.*$", capsys.readouterr().out, re.MULTILINE)
+    assert ["test error" in line for line in said] == [False, True, False, True, True]
+    often = log(train("--epochs 5", name="often"))
+    assert often[-1]["test_loss"] == log(folder)[-1]["test_loss"]
 
 
 def test_each_epoch_has_its_own_order_and_shifts(train, shifted):
@@ -395,7 +406,8 @@ def test_precision_auto_is_that_of_the_run(train, flag):
 
 def test_resume_may_change_place_device_test_batch_and_reports(trained, fashion, tmp_path):
     shutil.copytree(fashion, tmp_path / "moved")
-    free = ("--test-batch-size 7 --log-interval 1 --data-dir", tmp_path / "moved")
+    free = "--test-batch-size 7 --log-interval 1 --test-interval 2"
+    free = (free, "--data-dir", tmp_path / "moved")
     assert main("--resume", trained, *free) == 0
 
 
@@ -442,7 +454,8 @@ def test_evaluate_may_change_the_routing_iterations(trained, fashion, spy):
 
 # ---- Refused ---------------------------------------------------------------------------------
 
-COUNTS = ("--batch-size", "--test-batch-size", "--epochs", "--log-interval", "--routing_iterations")
+COUNTS = ("--batch-size", "--test-batch-size", "--epochs", "--routing_iterations")
+COUNTS += ("--log-interval", "--test-interval")
 BAD_VALUES = [
     *[f"{flag} {value}" for flag in COUNTS for value in ("0", "-1", "1.5", "nan", "inf", "many")],
     *[f"{flag} {value}" for flag in ("--seed", "--validation") for value in ("-1", "1.5", "nan")],

@@ -18,7 +18,8 @@ RESULTS = REPOSITORY / "results"
 README = (REPOSITORY / "README.md").read_text()
 LIST = (RESULTS / "README.md").read_text()
 # What may differ between the runs of a row.
-FREE = {"seed", "log_interval", "test_batch_size", "compile", "epochs", *net.NOT_SAVED}
+FREE = {"seed", "log_interval", "test_interval", "test_batch_size", "compile", "epochs"}
+FREE |= set(net.NOT_SAVED)
 
 
 def cells(line):
