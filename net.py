@@ -396,7 +396,8 @@ class Baseline(nn.Module):
         else:
             T = F.one_hot(labels, logits.shape[1]).sum(dim=1).to(logits.dtype)  # (B, J)
             entropy = F.binary_cross_entropy_with_logits(logits, T, reduction="none").sum(dim=1)
-        return torch.stack([entropy, torch.zeros_like(entropy), torch.zeros_like(entropy)])
+        nothing = torch.zeros_like(entropy)
+        return torch.stack([entropy, nothing, nothing])
 
 
 class BaselineCNN(Baseline):
@@ -649,10 +650,6 @@ class Progress:
             place = f"{self.done}/{self.bar.total} images, {rate:.0f} images/s, {left} left"
             print(f"{self.title}  loss {loss:.4f}  {place}", flush=True)
 
-    def close(self):
-        """Remove the bar."""
-        self.bar.close()
-
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, stop=None):
@@ -670,7 +667,7 @@ def evaluate(model, data, batch_size, stop=None):
         progress.advance(len(labels) * process_count())
         if stop and stop.signal:
             break
-    progress.close()
+    progress.bar.close()
     model.train(was_training)
     return over_processes(sums)
 
@@ -825,9 +822,11 @@ class Run:
         if self.args.compile:
             if not shutil.which(os.environ.get("CXX", "g++")):
                 raise Failure("--compile needs a C++ compiler: install g++, or name yours in CXX")
-            graphs = self.device.type == "cuda" and not dist.is_initialized()
-            options = {"triton.cudagraphs": graphs, "layout_optimization": False}
-            objective.compile(dynamic=False, options=options)
+            compiled = objective
+            if self.device.type == "cpu":  # all but the routing would be slower, ReLUs above all
+                compiled = getattr(self.model, "digit_caps", objective)
+            options = {"triton.cudagraphs": not dist.is_initialized(), "layout_optimization": False}
+            compiled.compile(dynamic=False, options=options)
         if dist.is_initialized():
             objective = nn.parallel.DistributedDataParallel(objective)
         return objective
@@ -999,7 +998,7 @@ def train_epoch(run, data, stop):
                 progress.report((run.sums[LOSS] / run.sums[IMAGES]).item())
         run.check_finite()
     finally:
-        progress.close()
+        progress.bar.close()
         run.seconds += time.perf_counter() - progress.started
 
 
@@ -1444,15 +1443,14 @@ def build_parser():
     add = run.add_argument
     add("--predict", nargs="+", metavar="IMAGE", help="with --evaluate: classify these instead")
     add("--log-interval", type=count, default=10, metavar="N", help="steps between two reports")
-    tests = "epochs between two tests; the last is always tested"
-    add("--test-interval", type=count, default=1, metavar="N", help=tests)
+    add("--test-interval", type=count, default=1, metavar="N", help="epochs between two tests")
 
     add = parser.add_argument_group("speed").add_argument
     add("--test-batch-size", type=count, default=1000, metavar="N", help="images tested at a time")
     add("--no-cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     auto = "of training; auto is bf16 where GPU or x86 CPU multiply in it; tests are in fp32"
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=auto)
-    add("--compile", action="store_true", help="compile the training step (needs a C++ compiler)")
+    add("--compile", action="store_true", help="compile what gains by it (needs a C++ compiler)")
     return parser
 
 

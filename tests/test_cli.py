@@ -320,13 +320,14 @@ def test_precision_fp32_means_no_tf32(train, monkeypatch):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_compile_compiles_the_training_step(train, monkeypatch):
+@pytest.mark.parametrize(("flags", "part"), [("", "DigitCaps"), ("--model baseline", "Objective")])
+def test_compile_compiles_the_part_that_gains_on_a_cpu(train, monkeypatch, flags, part):
     seen = []
     monkeypatch.setattr(shutil, "which", lambda name: name)  # there is a C++ compiler
     monkeypatch.setattr(nn.Module, "compile", lambda *args, **options: seen.append((args, options)))
-    train("--compile")
+    train("--compile", flags)
     (((module,), options),) = seen
-    assert isinstance(module, net.Objective)
+    assert type(module).__name__ == part
     assert options["options"].keys() <= set(torch._inductor.list_options())
 
 
