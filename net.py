@@ -76,6 +76,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+try:
+    import skimage
+except ImportError:  # training does without
+    skimage = None
 
 
 # ---- Capsules and routing (Sec. 2) -----------------------------------------------------------
@@ -1250,18 +1254,6 @@ def open_image(file):
     return (on_black if darkest > 223 else on_white).convert("RGB")
 
 
-def flood(level, limit):
-    """Spread bright pixels over their neighbours, as far as `limit` lets them.
-
-    level (H, W), limit (H, W) -> (H, W), the level when nothing changes any more.
-    """
-    while True:
-        spread = F.max_pool2d(level.unsqueeze(0), 3, stride=1, padding=1)[0].minimum(limit)
-        if torch.equal(spread, level):
-            return level
-        level = spread
-
-
 def find_ink(image):
     """How far each pixel stands out from the paper: (H, W) in [0, 1], at most 200 x 200."""
     grey = image.convert("L")
@@ -1278,7 +1270,8 @@ def find_ink(image):
     # go under. What rises above the flood is ink.
     border = torch.ones_like(grey)
     border[1:-1, 1:-1] = 0
-    ink = grey - flood(grey * border, grey)
+    flood = skimage.morphology.reconstruction((grey * border).numpy(), grey.numpy())
+    ink = grey - torch.from_numpy(flood).to(grey)
 
     # If little rises, the digit itself touches the border and went under: take one level for all.
     if ink.max() < 0.4 * (grey.max() - grey.min()):
@@ -1286,37 +1279,23 @@ def find_ink(image):
     return ink
 
 
-def otsu(values):
-    """Otsu's threshold: values in [0, 1], cut there, make the two classes that differ most."""
-    counts = torch.histc(values, bins=256, min=0, max=1)
-    sums = (counts * torch.arange(256)).cumsum(0)
-    below = counts.cumsum(0)
-    above = values.numel() - below
-    mean_below = sums / below.clamp(min=1)
-    mean_above = (sums[-1] - sums) / above.clamp(min=1)
-    return (below * above * (mean_above - mean_below) ** 2).argmax() / 255
-
-
 def find_digits(ink, digits_per_image):
     """Which pixels are the digits', not of specks or of a frame: (H, W) -> (H, W) bool."""
-    mask = ink > otsu(ink) / 2
-
-    # Number the pixels; the largest number of each connected part floods it.
-    numbers = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask
-    numbers = flood(numbers, mask.float() * mask.numel()).long()
+    mask = ink > skimage.filters.threshold_otsu(ink.numpy()) / 2
+    parts = skimage.measure.regionprops(skimage.measure.label(mask.numpy()), ink.numpy())
 
     # Parts with less than a tenth of the largest one's ink are specks.
-    weights = torch.bincount(numbers.flatten(), (ink * mask).flatten())
-    parts = [numbers == n for n in (weights > weights.max() / 10).nonzero()]
+    weights = [part.image_intensity.sum() for part in parts]
+    parts = [parts[n] for n in range(len(parts)) if weights[n] > max(weights) / 10]
 
     # A part that goes around the digit, or around both digits, on all sides is a frame.
-    corners = []
-    for part in parts:
-        rows, columns = part.nonzero().unbind(1)
-        corners.append([rows.min(), columns.min(), -rows.max(), -columns.max()])
-    corners = torch.tensor(corners)  # (parts, 4)
+    corners = torch.tensor([part.bbox for part in parts]) * torch.tensor([1, 1, -1, -1])
     surrounds = (corners.unsqueeze(1) < corners).all(dim=2)  # (parts, parts)
-    return torch.stack(parts)[surrounds.sum(dim=1) < digits_per_image].any(dim=0)
+    digits = torch.zeros_like(mask)
+    for part, inside in zip(parts, surrounds.sum(dim=1), strict=True):
+        if inside < digits_per_image:
+            digits[part.slice] |= torch.from_numpy(part.image)
+    return digits
 
 
 INK_SIDE = {1: 20 / 28, 2: 23 / 36}  # the longer side of the ink of one digit and of two (a mean)
@@ -1332,6 +1311,8 @@ def read_image(file, channels, size, digits_per_image=1):
     image = open_image(file)
     if channels == 3:
         return to_tensor(image.resize((size, size))).unsqueeze(0)
+    if skimage is None:
+        raise Failure("to read an image of one's own, pip install scikit-image")
     ink = find_ink(image)
     if ink.max() < 0.08:
         raise Failure(f"{file} is empty: nothing in it stands out from the paper")

@@ -170,6 +170,12 @@ def test_image_cut_off_is_refused_by_name(file):
         net.read_image(file, 1, 28)
 
 
+def test_without_scikit_image_it_is_named(file, monkeypatch):
+    monkeypatch.setattr(net, "skimage", None)
+    with pytest.raises(net.Failure, match="scikit-image"):
+        net.read_image(draw(file), 1, 28)
+
+
 def test_missing_image_is_refused_by_name(file):
     with pytest.raises(net.Failure, match="digit.png"):
         net.read_image(file, 1, 28)

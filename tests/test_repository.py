@@ -42,7 +42,7 @@ def code_tokens(source):
 
 
 def test_net_stays_below_its_ceiling_of_code():
-    assert code_tokens(SOURCE) <= 11_950
+    assert code_tokens(SOURCE) <= 11_850
 
 
 def test_comments_docstrings_and_line_ends_are_no_code():
