@@ -590,7 +590,7 @@ def averages(sums, prefix):
 
 
 class Objective(nn.Module):
-    """A model with its losses: what is compiled, and what each of several processes computes."""
+    """A model with its losses: what each of several processes computes."""
 
     def __init__(self, model, precision):
         super().__init__()
@@ -1043,7 +1043,7 @@ def train_and_test(run, data, test, stop):
             with memory_for("--test-batch-size", args.test_batch_size):
                 tested = evaluate(run.model, test, args.test_batch_size, stop)
         except Failure:
-            run.save()  # the trained epoch is kept; a resumed run begins with its test
+            run.save()  # the first process keeps the epoch; a resumed run begins with its test
             raise
         if stop.agreed():
             return stop.agreed()
@@ -1286,9 +1286,10 @@ def find_digits(ink, digits_per_image):
 
     # Parts with less than a tenth of the largest one's ink are specks.
     weights = [part.image_intensity.sum() for part in parts]
-    parts = [parts[n] for n in range(len(parts)) if weights[n] > max(weights) / 10]
+    least = max(weights) / 10
+    parts = [part for part, weight in zip(parts, weights, strict=True) if weight > least]
 
-    # A part that goes around the digit, or around both digits, on all sides is a frame.
+    # A part around the digit, or around two that do not touch, on all sides is a frame.
     corners = torch.tensor([part.bbox for part in parts]) * torch.tensor([1, 1, -1, -1])
     surrounds = (corners.unsqueeze(1) < corners).all(dim=2)  # (parts, parts)
     digits = torch.zeros_like(mask)
@@ -1441,6 +1442,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.predict and not args.evaluate:
         parser.error("--predict needs --evaluate FILE")
+    if args.compile and args.evaluate:
+        parser.error("--compile is for training")
     source = args.resume or args.evaluate
     if not source:
         if args.model == "baseline" and args.with_reconstruction:
@@ -1478,6 +1481,8 @@ def command(args, *words):
         parts += ["--data-dir", args.data_dir]
     if args.no_cuda:
         parts += ["--no-cuda"]
+    if args.compile and "--resume" in words:
+        parts += ["--compile"]
     # On Windows shlex would quote backslashes, which cmd.exe does not understand.
     return shlex.join(part.replace(os.sep, "/") for part in parts)
 

@@ -475,6 +475,7 @@ BAD_COMBINATIONS = [
     "--resume a --output-dir b",
     "--resume a --evaluate b",
     "--model baseline --with_reconstruction",
+    "--evaluate a --compile",
     "--learning-rate 0.1",
 ]
 
@@ -594,6 +595,12 @@ def test_data_that_do_not_fit_the_checkpoint_are_refused(
     assert "1 x 28 x 28 and 10 classes" in line
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_command_to_resume_compiles_again(flag):
+    args = net.build_parser().parse_args(["--compile"])
+    assert ("--compile" in net.command(args, flag, "run")) == (flag == "--resume")
+
+
 def test_compile_can_be_dropped_on_resume(trained):
     saved = checkpoint(trained)
     saved["args"]["compile"] = True
@@ -710,7 +717,7 @@ def test_headline_stands_beside_the_earlier_implementation(capsys):
 
 @pytest.mark.parametrize(("data_dir", "no_cuda"), [("data", False), ("my data", True)])
 def test_printed_command_keeps_the_data_folder_and_the_device(data_dir, no_cuda):
-    args = argparse.Namespace(data_dir=data_dir, no_cuda=no_cuda)
+    args = argparse.Namespace(data_dir=data_dir, no_cuda=no_cuda, compile=False)
     printed = shlex.split(net.command(args, "--resume", Path("my run")))
     assert printed[:3] == ["python", "net.py", "--resume"]
     parsed = net.build_parser().parse_args(printed[2:])
@@ -719,20 +726,20 @@ def test_printed_command_keeps_the_data_folder_and_the_device(data_dir, no_cuda)
 
 def test_printed_command_has_no_backslash_on_windows(monkeypatch):
     monkeypatch.setattr(net.os, "sep", "\\")
-    args = argparse.Namespace(data_dir=r"my\data", no_cuda=False)
+    args = argparse.Namespace(data_dir=r"my\data", no_cuda=False, compile=False)
     printed = net.command(args, "--resume", PureWindowsPath(r"runs\x"))
     assert printed == "python net.py --resume runs/x --data-dir my/data"
 
 
 def test_printed_command_calls_the_script_as_it_was_called(monkeypatch):
     monkeypatch.setattr("sys.argv", ["../capsnet/net.py", "--epochs", "1"])
-    args = argparse.Namespace(data_dir="data", no_cuda=False)
+    args = argparse.Namespace(data_dir="data", no_cuda=False, compile=False)
     assert net.command(args, "--resume", "x") == "python ../capsnet/net.py --resume x"
 
 
 def test_printed_command_in_a_notebook_names_the_script(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
-    args = argparse.Namespace(data_dir="data", no_cuda=False)
+    args = argparse.Namespace(data_dir="data", no_cuda=False, compile=False)
     assert net.command(args, "--resume", "x") == "python net.py --resume x"
 
 
