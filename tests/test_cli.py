@@ -685,6 +685,15 @@ def result(capsys, **changes):
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("dataset", "variable"), [("MNIST", "CAPSNET_CHECKPOINT"), ("MultiMNIST", "CAPSNET_MULTIMNIST")]
+)
+def test_notebook_is_named_for_a_run_with_a_decoder(capsys, dataset, variable):
+    said = result(capsys, dataset=dataset, with_reconstruction=True)
+    assert f"with {variable} set to it" in said
+    assert "ipynb" in said and "ipynb" not in result(capsys, dataset=dataset)
+
+
 TABLE_1 = [
     ({"model": "baseline"}, "0.39"),
     ({"routing_iterations": 1}, "0.34 +- 0.032"),

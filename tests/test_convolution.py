@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import leaf, normal, relative_error
+from helpers import Recorder, leaf, normal, relative_error
 
 import net
 
@@ -82,6 +82,22 @@ def test_primary_capsules_are_the_direct_convolution_s(bias):
     direct = direct_conv2d(features, layer.weight, stride=2).permute(0, 2, 3, 1) + layer.bias
     direct = direct.reshape(2, -1, 5)
     assert relative_error(layer(features), net.squash(direct)) < 1e-12
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def test_primary_capsules_are_the_same_on_a_gpu():
+    layer = net.PrimaryCaps(in_channels=8, types=3, dim=5).double()
+    features = normal(2, 8, 20, 20)
+    calls = Recorder()
+    with calls:
+        there = layer(features.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
+    assert torch.ops.aten.convolution.default in [operator for operator, _, _ in calls.calls]
+    assert relative_error(there, layer(features)) < 1e-12
 
 
 def test_bfloat16_is_within_one_percent():

@@ -355,6 +355,11 @@ def test_without_labels_the_two_longest_capsules_are_drawn():
     assert torch.equal(output.reconstruction, model(images, longest).reconstruction)
 
 
+def test_network_of_a_run_on_pairs_draws_two_digits(train_multi):
+    model, _ = net.load_checkpoint(train_multi())
+    assert model(torch.zeros(3, 1, 36, 36)).reconstruction.shape == (3, 2, 1, 36, 36)
+
+
 # ---- The baseline ----------------------------------------------------------------------------
 
 

@@ -343,6 +343,12 @@ def test_checkpoint_without_a_decoder_stops_with_that_command(finished, tiny, tm
     assert "no decoder" in error and trains_a_usable_model(error)
 
 
+def test_checkpoint_on_pairs_stops_with_that_command_too(run_on_pairs, tmp_path, fashion):
+    cell, error = fail_in_a_cell(tmp_path, run_on_pairs, fashion)
+    assert "load_checkpoint" in cell
+    assert "is of MultiMNIST" in error and trains_a_usable_model(error)
+
+
 # ---- the copy that is kept -------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import NEVER, argv, checkpoint, log
+from helpers import NEVER, argv, checkpoint, log, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import net
@@ -90,6 +90,21 @@ def test_training_leaves_no_weight_as_it_was(start, data):
     before = copied(run.model)
     net.train_epoch(run, data[0], NEVER)
     assert all(not torch.equal(before[name], w) for name, w in run.model.state_dict().items())
+
+
+def test_step_follows_the_gradient_of_the_mean_loss(start, data):
+    run = start(data[0], "--with_reconstruction")
+    images, digits, labels = batch = next(net.batches(data[0], 24))
+    losses = run.model.losses(run.model(images, labels), digits, labels)
+    expected = torch.autograd.grad(losses[0].mean(), list(run.model.parameters()))
+    net.train_step(run.objective, run.optimizer, *batch)
+    for weight, gradient in zip(run.model.parameters(), expected, strict=True):
+        assert relative_error(weight.grad, gradient) < 1e-5
+
+
+def test_adam_has_the_constants_of_its_paper(start, data):
+    (group,) = start(data[0]).optimizer.param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0)
 
 
 def test_loss_in_the_log_is_the_mean_over_the_examples(train, losses):
@@ -333,6 +348,10 @@ def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(train, break_st
 
 def test_exploding_run_saves_nothing(train):
     assert not (train("--lr 1e30", status=1) / "last.pt").exists()
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(train):
+    assert not (train("--lr 1e30 --batch-size 64", status=1) / "last.pt").exists()
 
 
 def test_exploding_run_says_that_a_lower_learning_rate_may_help(train, capsys):
