@@ -653,7 +653,7 @@ class Progress:
             rate = (self.done - self.first) / (time.perf_counter() - self.started)
             left = tqdm.format_interval((self.bar.total - self.done) / rate)
             place = f"{self.done}/{self.bar.total} images, {rate:.0f} images/s, {left} left"
-            print(f"{said}  {place}", flush=True)
+            print(f"{said}  {place}")
 
 
 @torch.no_grad()
@@ -904,9 +904,11 @@ class Run:
             return
         # The steps since the first bad one were counted on the device: none had to wait for it.
         step = self.step - max(1, int(self.bad_steps))
-        where = f"at step {step} (learning rate {self.learning_rate(step):.3g})"
-        kept = f"{self.folder / 'last.pt'}, if it exists, is the last good checkpoint"
-        raise Failure(f"the loss is not finite {where}; a lower --lr may help; {kept}")
+        raise Failure(
+            f"the loss is not finite at step {step} (learning rate "
+            f"{self.learning_rate(step):.3g}); a lower --lr may help; "
+            f"{self.folder / 'last.pt'}, if it exists, is the last good checkpoint"
+        )
 
     def finish_epoch(self, results):
         """Write the epoch into the history and begin the next one."""
@@ -1050,7 +1052,7 @@ def train_and_test(run, data, test, stop):
             return stop.agreed()
         results.update(averages(tested, name))
     run.finish_epoch(results)
-    print(epoch_line(run.history[-1], args.epochs, name), flush=True)
+    print(epoch_line(run.history[-1], args.epochs, name))
     return 0
 
 
@@ -1147,7 +1149,7 @@ def fetch_mnist(raw):
         return
     reasons = [f"{raw / name}: wrong SHA-256 sum" for name in wrong if name in present]
     for source, fetch in MNIST_SOURCES.items():
-        print(f"MNIST: fetching from {source}", flush=True)
+        print(f"MNIST: fetching from {source}")
         try:
             with tempfile.TemporaryDirectory() as folder:
                 files = fetch(Path(folder))
@@ -1539,7 +1541,7 @@ def predict(model, args, device):
         try:
             image = read_image(file, args.in_channels, args.image_size, digits_per_image)
         except Failure as failure:
-            print("net.py:", *str(failure).splitlines(), file=sys.stderr, flush=True)
+            print("net.py:", *str(failure).splitlines(), file=sys.stderr)
             status = 1
             continue
         lengths = model.eval()(image.to(device)).lengths
@@ -1552,16 +1554,17 @@ def predict(model, args, device):
         if args.dataset == "MNIST" and shows_two_digits(image):
             print("    two digits? Each image should show one")
         scores = " ".join(f"{label}:{length:.2f}" for label, length in enumerate(lengths))
-        print(textwrap.indent(textwrap.fill(scores, 72), "    "), flush=True)
+        print(textwrap.indent(textwrap.fill(scores, 72), "    "))
     return status
 
 
 def set_up(args):
     """The device, its processes joined if torchrun started several. Raises Failure."""
     cuda = torch.cuda.is_available() and not args.no_cuda
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    device = torch.device("cuda:0" if cuda else "cpu")
     if "LOCAL_RANK" in os.environ and "MASTER_ADDR" in os.environ:  # torchrun sets them
         if cuda:
+            device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
             if device.index >= torch.cuda.device_count():
                 raise Failure("more processes than GPUs: lower --nproc-per-node, or --no-cuda")
             torch.cuda.set_device(device)
@@ -1679,7 +1682,7 @@ def start(args, model, checkpoint):
         run.open()
         print(f"training   {args.epochs} epochs of {steps} batches of {args.batch_size}")
         where = f", from epoch {run.epoch + 1}, step {run.step}" if checkpoint else ""
-        print(f"run        {folder}{where}", flush=True)
+        print(f"run        {folder}{where}")
         if checkpoint and run.epoch == args.epochs:
             print("this run is complete; more --epochs would continue it")
         stopped = train(run, data, test, stop)
@@ -1714,11 +1717,15 @@ def main(argv=None):
             dist.destroy_process_group()
         return status
     except (Failure, OSError, UnicodeEncodeError) as failure:  # such as a closed pipe
-        print("net.py:", *str(failure).splitlines(), file=sys.stderr, flush=True)
+        print("net.py:", *str(failure).splitlines(), file=sys.stderr)
     if dist.is_initialized():
         os._exit(1)  # the other processes wait in vain, and a proper end would wait for them
     return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.stdout:
+        sys.stdout.reconfigure(line_buffering=True)  # a log file has each line at once
+    status = main()
+    sys.stdout = None  # what a closed pipe did not take is not tried again
+    sys.exit(status)

@@ -9,8 +9,10 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -164,6 +166,15 @@ def test_out_of_memory_in_the_test_loses_no_training(train, small_memory, fashio
     small_memory(False)
     assert main("--resume", stopped, "--data-dir", fashion) == 0
     assert outcome(stopped) == outcome(whole)
+
+
+def test_signal_saves_though_nobody_reads_the_errors(train, interrupt, monkeypatch):
+    def write(*args):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(os, "write", write)
+    interrupt("train_step", 6, signal.SIGTERM)
+    assert checkpoint(train(THREE_EPOCHS, status=143))["step"] == 6
 
 
 def test_command_printed_on_a_signal_completes_the_run(train, interrupt, capsys):
@@ -339,6 +350,43 @@ def test_seconds_are_those_of_an_epoch_s_training_also_if_it_was_resumed(
     assert entries == 3 * [(4, 16)]
 
 
+def test_report_tells_rate_and_time_left_also_after_a_resume(
+    train, interrupt, fashion, slow, capsys
+):
+    slow(train_step=1)
+    interrupt("train_step", 1, signal.SIGTERM)
+    folder = train(status=143)
+    assert main("--resume", folder, "--data-dir", fashion, "--log-interval 3") == 0
+    assert "48/64 images, 16 images/s, 00:01 left" in capsys.readouterr().out
+
+
+def test_file_is_whole_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
+    net.write_file(tmp_path / "log.jsonl", b"content")
+    assert sizes == [7]
+
+
+def test_checkpoint_of_a_gpu_is_read_onto_the_cpu(trained, monkeypatch):
+    saved = checkpoint(trained)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(saved, trained / "last.pt")
+    model, _ = net.load_checkpoint(trained)
+    assert plain(model.state_dict()) == plain(saved["model"])
+
+
+def test_start_notes_the_commit_of_net_py_wherever_it_is_called(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x"]
+    (tmp_path / "net.py").write_text("one")
+    for words in ("init", "add .", "commit -m x"):
+        subprocess.run([*git, *words.split()], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(net, "__file__", str(tmp_path / "net.py"))
+    assert re.fullmatch("[0-9a-f]{40}", net.environment(torch.device("cpu"))["commit"])
+    (tmp_path / "net.py").write_text("two")
+    assert net.environment(torch.device("cpu"))["commit"].endswith("-dirty")
+
+
 @pytest.mark.parametrize("name", ["", "last.pt"])
 def test_load_checkpoint_takes_a_folder_or_a_file(trained, name):
     model, _ = net.load_checkpoint(trained / name)
@@ -421,11 +469,19 @@ def test_folder_whose_name_is_too_long_is_refused(fashion, capsys):
     assert "File name too long" in refusal(capsys, *run)
 
 
-@pytest.mark.parametrize(("count", "last_label"), [(40, 9), (128, 7), (64, 0)])
-def test_other_training_data_are_refused_on_resume(trained, tmp_path, capsys, count, last_label):
+@pytest.mark.parametrize(
+    ("count", "file", "last"),
+    [
+        (40, "labels-idx1", 9),
+        (128, "labels-idx1", 7),
+        (64, "labels-idx1", 0),
+        (64, "images-idx3", 0),
+    ],
+)
+def test_other_training_data_are_refused_on_resume(trained, tmp_path, capsys, count, file, last):
     data = write_fashion(tmp_path / "data", train=count)
-    labels = data / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
-    labels.write_bytes(labels.read_bytes()[:-1] + bytes([last_label]))
+    changed = data / "FashionMNIST" / "raw" / f"train-{file}-ubyte"
+    changed.write_bytes(changed.read_bytes()[:-1] + bytes([last]))
     said = refusal(capsys, "--resume", trained, "--data-dir", data, "--epochs 4")
     assert "training data" in said
 

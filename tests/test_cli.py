@@ -1,10 +1,15 @@
 """The command line: its flags, what each changes, what it refuses and what it prints."""
 
 import argparse
+import errno
 import io
+import os
 import re
+import runpy
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path, PureWindowsPath
 
@@ -288,6 +293,16 @@ def test_predict_works_with_the_baseline(train, small_baseline, tmp_path):
     assert main("--evaluate", folder, "--predict", file) == 0
 
 
+def test_predict_drops_no_unit_of_the_baseline(train, small_baseline, tmp_path, capsys):
+    folder, file, said = train("--model baseline"), tmp_path / "gradient.png", set()
+    Image.linear_gradient("L").save(file)
+    for _ in range(3):
+        capsys.readouterr()
+        assert main("--evaluate", folder, "--predict", file) == 0
+        said.add(capsys.readouterr().out)
+    assert len(said) == 1
+
+
 def test_precision_changes_the_result(train):
     one, other = (train("--precision", name, name=name) for name in ("fp32", "bf16"))
     assert log(one)[0]["train_loss"] != log(other)[0]["train_loss"]
@@ -312,10 +327,12 @@ def test_cpu_has_bf16_if_it_has_one_of_two_features(monkeypatch, feature):
     assert net.has_bf16(torch.device("cpu")) == (feature != "avx2")
 
 
-def test_precision_fp32_means_no_tf32(train, monkeypatch):
+def test_precision_fp32_means_no_tf32_and_convolutions_that_repeat(train, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     torch.set_float32_matmul_precision("high")
     train()
+    assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
 
@@ -329,6 +346,15 @@ def test_compile_compiles_the_part_that_gains_on_a_cpu(train, monkeypatch, flags
     (((module,), options),) = seen
     assert type(module).__name__ == part
     assert options["options"].keys() <= set(torch._inductor.list_options())
+
+
+def test_compile_without_a_compiler_is_refused_in_one_line(train, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setenv("CXX", "my-c++")
+    monkeypatch.setattr(shutil, "which", asked.append)  # it finds nothing
+    train("--compile", status=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "C++ compiler" in line and "my-c++" in asked
 
 
 def test_compiled_training_learns_what_eager_training_learns(train, monkeypatch):
@@ -360,6 +386,7 @@ CONTRADICTIONS = [
     "--batch-size 8",
     "--lr 0.1",
     "--lr-decay 0.1",
+    "--warm-up 5",
     "--seed 2",
     "--dataset KMNIST",
     "--validation 10",
@@ -417,6 +444,15 @@ def test_resume_may_change_epochs_only_when_the_run_is_complete(trained, capsys)
     assert "epochs" in refused(capsys, "--resume", trained, "--epochs 3")
 
 
+def test_resume_may_change_the_device(trained):  # it was trained with --no-cuda
+    args, _, _ = net.parse_args(argv("--resume", trained))
+    assert not args.no_cuda
+
+
+def test_resume_cannot_shorten_a_complete_run(train, capsys):
+    assert "epochs" in refused(capsys, "--resume", train("--epochs 2"), "--epochs 1")
+
+
 def test_resume_with_more_epochs_stretches_the_schedule_of_a_complete_run(train, fashion):
     folder = train("--lr-decay 0.01")
     assert main("--resume", folder, "--data-dir", fashion, "--epochs 3") == 0
@@ -456,7 +492,7 @@ def test_evaluate_may_change_the_routing_iterations(trained, fashion, spy):
 # ---- Refused ---------------------------------------------------------------------------------
 
 COUNTS = ("--batch-size", "--test-batch-size", "--epochs", "--routing_iterations")
-COUNTS += ("--log-interval", "--test-interval")
+COUNTS += ("--log-interval", "--test-interval", "--warm-up")
 BAD_VALUES = [
     *[f"{flag} {value}" for flag in COUNTS for value in ("0", "-1", "1.5", "nan", "inf", "many")],
     *[f"{flag} {value}" for flag in ("--seed", "--validation") for value in ("-1", "1.5", "nan")],
@@ -565,6 +601,12 @@ def test_out_of_memory_with_one_image_gives_no_advice(train, capsys, monkeypatch
     assert f"{flag}: " in line and "lower" not in line
 
 
+def test_out_of_memory_in_evaluate_names_the_test_batch_size(trained, fashion, said, monkeypatch):
+    monkeypatch.setattr(net, "evaluate", fail_with(MemoryError()))
+    flags = ("--data-dir", fashion, "--test-batch-size 40")
+    assert "--test-batch-size 40: lower it" in said("--evaluate", trained, *flags)
+
+
 @pytest.fixture
 def own_data(tmp_path):
     """Call it to make a data folder of images of this size and of so many classes."""
@@ -609,10 +651,12 @@ def test_compile_can_be_dropped_on_resume(trained):
     assert not args.compile
 
 
-def test_local_rank_without_torchrun_is_left_alone(train, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+def test_local_rank_without_torchrun_is_left_alone(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert checkpoint(train())["epoch"] == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = net.build_parser().parse_args(argv("--precision fp32"))
+    assert net.set_up(args) == torch.device("cuda:0")
 
 
 def test_predict_names_what_is_no_image(trained, said):
@@ -680,6 +724,7 @@ def result(capsys, **changes):
     defaults = vars(net.build_parser().parse_args([]))
     args = argparse.Namespace(**{**defaults, **changes})
     entry = {"epoch": 3, "test_error": 0.25, "test_wrong": 25}
+    entry |= {"valid_error": 0.25, "valid_wrong": 25}
     run = argparse.Namespace(args=args, history=[entry], folder=Path("runs", "x"))
     net.print_result(run)
     return capsys.readouterr().out
@@ -713,7 +758,12 @@ def test_result_stands_beside_its_row_of_table_1(capsys, changes, number):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"dataset": "KMNIST"}, {"routing_iterations": 2}, {"dataset": "MultiMNIST"}],
+    [
+        {"dataset": "KMNIST"},
+        {"routing_iterations": 2},
+        {"dataset": "MultiMNIST"},
+        {"validation": 9},
+    ],
     ids=str,
 )
 def test_result_that_is_not_in_table_1_stands_alone(capsys, changes):
@@ -762,6 +812,30 @@ def test_name_that_the_output_cannot_show_is_named_in_one_line(train, monkeypatc
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     train(name="ü", status=1)
     assert re.fullmatch(r"net\.py: 'ascii' codec can't encode .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_that_takes_nothing_is_named_in_one_line():
+    command = [sys.executable, "net.py", "--no-cuda", "--evaluate", "results/pretrained.pt"]
+    command += ["--predict", "tests/five.jpg"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        options = {"cwd": REPOSITORY, "env": environment, "stderr": subprocess.PIPE, "text": True}
+        child = subprocess.run(command, stdout=full, **options)
+    assert (child.returncode, child.stderr.count("\n")) == (1, 1)
+    assert os.strerror(errno.ENOSPC) in child.stderr
+
+
+def test_script_exits_with_the_status_of_main(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["net.py", "--evaluate", "missing.pt"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # to have it back
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(REPOSITORY / "net.py"), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == 1
 
 
 # ---- Commands in the texts -------------------------------------------------------------------

@@ -28,6 +28,7 @@ from torch.distributed.run import main as torchrun
 import net
 
 RUN = "--dataset FashionMNIST --with_reconstruction --precision fp32 --batch-size 10 --warm-up 1"
+RUN += " --test-batch-size 7"  # each process tests three batches, the last one is short
 
 
 # ---- One step --------------------------------------------------------------------------------
@@ -144,6 +145,31 @@ def test_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
         dist, "all_reduce", lambda *_: stop.signal or stop.note(signal.SIGTERM, None)
     )
     assert [stop.agreed(), stop.agreed()] == [0, signal.SIGTERM]
+
+
+def test_signal_to_all_processes_is_not_added_up(monkeypatch):
+    asked, stop = [], net.Stop()
+    stop.signal = signal.SIGINT
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *operation: asked.extend(operation))
+    assert stop.agreed() == signal.SIGINT and asked == [dist.ReduceOp.MAX]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_data_are_fetched_by_the_first_process_first(monkeypatch, rank):
+    order = []
+    monkeypatch.setattr(net, "rank", lambda: rank)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "barrier", lambda: order.append("meet"))
+    with net.first_process_first():
+        order.append("fetch")
+    assert order == (["meet", "fetch"] if rank else ["fetch", "meet"])
+
+
+def test_other_processes_write_no_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(net, "rank", lambda: 1)
+    net.write_file(tmp_path / "file", b"content")
+    assert not list(tmp_path.iterdir())
 
 
 def test_failure_of_one_process_ends_both(fashion, tmp_path):

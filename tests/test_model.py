@@ -286,6 +286,12 @@ def test_lengths_under_autocast_to_bfloat16_are_near_those_in_float32():
     assert relative_error(lengths, model(images).lengths) < 0.05
 
 
+def test_pixels_under_autocast_are_not_rounded_to_bfloat16():
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = tiny()(tiny_images(), LABELS).reconstruction
+    assert not torch.equal(drawn, drawn.bfloat16().float())
+
+
 def test_exported_model_takes_batches_of_another_size():
     model = tiny().eval()
     shapes = {"images": {0: torch.export.Dim("batch")}}
@@ -312,6 +318,15 @@ def test_model_in_half_precision_draws(dtype):
 def baseline():
     torch.manual_seed(0)
     return net.BaselineCNN(in_channels=3, image_size=8, num_classes=7), torch.rand(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_logits_and_loss_of_the_baseline_under_autocast_are_float32(K):
+    model, images = baseline()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images)
+    losses = model.losses(output, None, torch.tensor([[6, 0], [1, 2]])[:, :K])
+    assert output.lengths.dtype == losses.dtype == torch.float32
 
 
 def test_baseline_has_a_relu_after_each_layer_and_dropout_before_the_last():

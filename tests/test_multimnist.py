@@ -124,6 +124,15 @@ def test_digits_of_an_image_are_shifted_independently():
     assert same == pytest.approx(60_000 / 81, abs=5 * math.sqrt(60_000 / 81))
 
 
+def test_pairs_are_drawn_on_the_cpu_wherever_the_data_are():
+    data = many(50)
+    images, labels = data.tensors
+    expected = [*net.draw_test(data), *net.draw_epoch(data, 1, 0)]
+    data.tensors = (images, Namespace(cpu=lambda: labels))  # with it nothing else works
+    drawn = [*net.draw_test(data), *net.draw_epoch(data, 1, 0)]
+    assert all(map(torch.equal, drawn, expected))
+
+
 # ---- The images ------------------------------------------------------------------------------
 
 

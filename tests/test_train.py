@@ -183,6 +183,11 @@ def test_learning_rate_rises_in_the_first_steps(step, rate):
     assert net.learning_rate(step, 100, 0.1, 1, warm_up=10) == pytest.approx(rate)
 
 
+def test_learning_rate_falls_also_while_it_rises():
+    rate = net.learning_rate(4, 100, 0.1, 0.01, warm_up=10)
+    assert rate == pytest.approx(0.1 * 0.5 * 0.01**0.04)
+
+
 @pytest.fixture
 def steps(spy):
     """(learning rate, seed) of every training step."""
@@ -200,12 +205,12 @@ def test_every_step_has_its_learning_rate(start, data, steps):
     assert rates == pytest.approx([0.001 * 0.01 ** (step / 8) for step in range(8)])
 
 
-def test_every_step_of_every_process_has_its_own_dropout(start, data, steps, monkeypatch):
-    for rank in range(2):
+def test_every_step_of_every_process_and_run_has_its_own_dropout(start, data, steps, monkeypatch):
+    for rank, seed in ((0, 1), (1, 1), (0, 5)):
         monkeypatch.setattr(net, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(net, "process_count", lambda: 2)
-        train_epochs(start(data[0], "--batch-size 16 --epochs 2"), data[0])
-    assert len({seed for _, seed in steps}) == len(steps) == 2 * 8
+        train_epochs(start(data[0], "--batch-size 16 --epochs 2 --seed", seed), data[0])
+    assert len({seed for _, seed in steps}) == len(steps) == 3 * 8
 
 
 LEARNING = "--epochs 8 --lr 0.01"  # enough for the test error to fall
@@ -287,6 +292,17 @@ def test_autocast_would_be_seen(model, data):
     expected = model(data[1].tensors[0] / 255).lengths
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(model(data[1].tensors[0] / 255).lengths, expected)
+
+
+def test_half_precision_is_bfloat16_where_the_default_is_another(start, data):
+    run, seen = start(data[0], "--precision bf16"), []
+    run.model.conv1.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    torch.set_autocast_dtype("cpu", torch.float16)  # as a GPU's is
+    try:
+        run.objective(*next(net.batches(data[0], 4)))
+    finally:
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
+    assert seen == [torch.bfloat16]
 
 
 def test_run_in_bf16_is_tested_in_fp32(train, data):
