@@ -1474,8 +1474,8 @@ def parse_args(argv):
     free = {"test_batch_size", "log_interval", "test_interval", "compile"}
     if args.evaluate:
         free.add("routing_iterations")
-    elif checkpoint["epoch"] == saved.get("epochs") <= args.epochs:
-        free.add("epochs")
+    elif checkpoint["epoch"] == saved.get("epochs") < args.epochs:
+        free |= {"epochs", "lr_decay"}
     for name in saved.keys() - free:
         given = getattr(args, name)
         if given != saved[name]:

@@ -439,9 +439,10 @@ def test_resume_may_change_place_device_test_batch_and_reports(trained, fashion,
     assert main("--resume", trained, *free) == 0
 
 
-def test_resume_may_change_epochs_only_when_the_run_is_complete(trained, capsys):
+@pytest.mark.parametrize("flags", ["--epochs 3", "--lr-decay 0.1"])
+def test_resume_may_change_the_schedule_only_when_the_run_is_complete(trained, capsys, flags):
     torch.save({**checkpoint(trained), "epoch": 0}, trained / "last.pt")
-    assert "epochs" in refused(capsys, "--resume", trained, "--epochs 3")
+    assert name_of(flags) in refused(capsys, "--resume", trained, flags)
 
 
 def test_resume_may_change_the_device(trained):  # it was trained with --no-cuda
@@ -451,6 +452,14 @@ def test_resume_may_change_the_device(trained):  # it was trained with --no-cuda
 
 def test_resume_cannot_shorten_a_complete_run(train, capsys):
     assert "epochs" in refused(capsys, "--resume", train("--epochs 2"), "--epochs 1")
+
+
+def test_resume_with_more_epochs_may_change_the_decay(train, fashion):
+    folder = train("--lr-decay 0.01")
+    more = "--epochs 2 --lr-decay 0.0001"
+    assert main("--resume", folder, "--data-dir", fashion, more) == 0
+    expected = [0.001 * 0.01 ** (3 / 4), 0.001 * 0.0001 ** (7 / 8)]
+    assert [entry["lr"] for entry in log(folder)] == pytest.approx(expected)
 
 
 def test_resume_with_more_epochs_stretches_the_schedule_of_a_complete_run(train, fashion):

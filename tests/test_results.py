@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 import re
 import shlex
 import statistics
@@ -65,23 +64,32 @@ def runs_of(row):
     return {name: RUNS[name] for name in re.findall(r"\]\((?:results/)?([^)]+)/\)", row[-1])}
 
 
-def lengths(args, history):
-    """The numbers of epochs that a run was started for: more than one if it was lengthened."""
-    found = []
-    for entry in history:
-        done = math.log(entry["lr"] / args["lr"]) / math.log(args["lr_decay"])  # of the schedule
-        found.append(round((entry["step"] - 1) / entry["step"] * entry["epoch"] / done))
-    return list(dict.fromkeys(found))
+def arguments(commands):
+    """The arguments of a run as each of a row's commands leaves them: all but the first resume."""
+    parser, found = net.build_parser(), []
+    for command in commands:
+        args = parser.parse_args(shlex.split(command)[2:])
+        parser.set_defaults(**vars(args))
+        found.append(args)
+    return found
 
 
 def is_made_by(run, commands):
     """Whether a run is what a row's commands make, but for the seed: complete, with their flags."""
     args, _, history = run
-    first, *later = commands
-    wanted = vars(net.build_parser().parse_args(shlex.split(first)[2:]))
-    epochs = [wanted["epochs"], *(int(command.split("--epochs ")[1]) for command in later)]
-    flags = {name for name in wanted.keys() - FREE if args.get(name, wanted[name]) != wanted[name]}
-    return not flags and len(history) == args["epochs"] and lengths(args, history) == epochs
+    stages = arguments(commands)
+    wanted = vars(stages[-1])
+    if any(args.get(name, wanted[name]) != wanted[name] for name in wanted.keys() - FREE):
+        return False
+    if not len(history) == args["epochs"] == wanted["epochs"]:
+        return False
+    rates = []
+    for entry in history:
+        stage = next(stage for stage in stages if entry["epoch"] <= stage.epochs)
+        total = entry["step"] // entry["epoch"] * stage.epochs
+        warm_up, decay = args["warm_up"], stage.lr_decay
+        rates.append(net.learning_rate(entry["step"] - 1, total, stage.lr, decay, warm_up))
+    return [entry["lr"] for entry in history] == pytest.approx(rates, rel=1e-6)
 
 
 def hardware(run):
