@@ -154,7 +154,7 @@ def phases(x, stride, size):
 def spectral_conv2d(images, weight, stride):
     """F.conv2d(images, weight.permute(3, 2, 0, 1), stride=stride), with less arithmetic.
 
-    images (B, C, N, N), weight (Q, Q, C, O) -> (B, O, M, M). How may be skipped at first.
+    images (B, C, N, N), weight (Q, Q, C, O) -> (B, O, M, M). On a first reading, skip the rest.
 
     A convolution of stride s is a sum of s x s convolutions of stride 1, one for each phase, with
     T = Q / s taps each way (rounded up). Its Fourier transform is one product per frequency, summed
