@@ -63,7 +63,9 @@ def test_losses_and_gradients_of_the_network_are_the_same():
         assert relative_error(ours.cpu(), theirs) < 1e-4
 
 
-def test_fp32_training_is_the_same(last_epoch):
+@pytest.mark.parametrize("digits_per_image", [1, 2])
+def test_fp32_training_is_the_same(last_epoch, monkeypatch, digits_per_image):
+    monkeypatch.setitem(net.DATASETS, "FashionMNIST", digits_per_image)
     gpu, cpu = last_epoch(), last_epoch(device="--no-cuda")
     for key in ("train_loss", "test_loss", "test_reconstruction_loss"):
         assert gpu[key] == pytest.approx(cpu[key], rel=1e-3)
