@@ -1139,11 +1139,12 @@ def wrong_sums(files):
 
 def fetch_mnist(raw):
     """Put MNIST's files into the folder `raw`, unless they are there, intact. Raises Failure."""
-    for packed in raw.glob("*-ubyte.gz"):  # as they are on MNIST's web page
-        if not packed.with_suffix("").exists():
-            with contextlib.suppress(OSError, EOFError, zlib.error):
-                write_file(packed.with_suffix(""), gzip.decompress(packed.read_bytes()))
     present = {file.name: file.read_bytes() for file in raw.glob("*-ubyte")}
+    for name in wrong_sums(present):
+        packed = raw / f"{name}.gz"  # as on MNIST's web page
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            present[name] = gzip.decompress(packed.read_bytes())
+            write_file(raw / name, present[name])
     wrong = wrong_sums(present)
     if not wrong:
         return

@@ -516,6 +516,14 @@ def test_mnist_packed_as_on_its_web_page_is_taken_offline(mnist):
     assert mnist.load() == 64 and asked == []
 
 
+def test_damaged_mnist_is_unpacked_anew_from_the_file_beside_it(mnist):
+    packed = {f"{name}.gz": gzip.compress(content) for name, content in mnist.good.items()}
+    mnist.write(packed | damage(mnist.good))
+    asked = mnist.come_from(DOWN, DOWN)
+    assert mnist.load() == 64 and asked == []
+    assert mnist.found() == packed | mnist.good
+
+
 def test_two_processes_never_write_the_same_temporary_file(tmp_path, monkeypatch):
     names = []
     monkeypatch.setattr(net.os, "replace", lambda temporary, _: names.append(str(temporary)))
