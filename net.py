@@ -162,7 +162,7 @@ def spectral_conv2d(images, weight, stride):
     P = M + T - 1 places, but what wraps falls on T - 1 results that are dropped. Spectra of real
     numbers are known from half of the frequencies. For PrimaryCaps that makes 52 frequencies x 4
     phases x 3 real products = 624 multiplications for each pair of channels, instead of 36 places x
-    81 taps = 2916. That it is what is fast on a CPU is shown by Zlateski et al., arXiv 1809.07851.
+    81 taps = 2916. Zlateski et al., arXiv 1809.07851, show why this is fast on a CPU.
     """
     B, O = images.shape[0], weight.shape[3]
     S = stride**2 * weight.shape[2]  # what is summed over: phases and channels
@@ -183,8 +183,8 @@ def spectral_conv2d(images, weight, stride):
         angles = 2 * math.pi / P * (frequencies @ places.T).double()
         return angles.cos(), angles.sin()
 
-    # The spectrum of the images is a - ib, that of the weight (turned round) c + id. Gauss's
-    # three real products (a - b) c, a (d - c) and -b (c + d) give their product: the first less
+    # a - ib takes the images to their spectrum, c + id the weight (turned round). Gauss's three
+    # real products (a - b) c, a (d - c) and -b (c + d) give the spectra's product: the first less
     # the third is its real part, the first plus the second its imaginary part.
     x = phases(images.permute(2, 3, 0, 1), stride, P).flatten(1)  # (P*P, B*S)
     a, b = waves(P)
@@ -289,7 +289,7 @@ def reconstruction_loss(digits, reconstruction):
 
 
 def perturb(capsules, label, deltas):
-    """What Fig. 4 shows: capsule `label` with each delta added to each of its numbers in turn.
+    """Fig. 4 (Sec. 5.1): capsule `label` with each delta added to each of its numbers in turn.
 
     capsules (J, E) of one image, deltas (N,) -> (E, N, J, E).
     """
@@ -459,7 +459,7 @@ def seed_from(*key):
 
 
 def draw_partners(labels, chosen, generator):
-    """For each chosen digit one of another class, all of them equally likely (Sec. 6).
+    """For each chosen digit one of another class (Sec. 6), all of them equally likely.
 
     labels (N,), chosen (M,) -> (M,), both places in labels.
     """
@@ -954,8 +954,8 @@ class Stop:
         return self
 
     def note(self, signum, _):
-        """The signal handler."""
-        if self.signal:
+        """The signal handler. Of several processes each may get torchrun's signal, and its own."""
+        if self.signal and not dist.is_initialized():
             os._exit(128 + signum)
         self.signal = signum
         with contextlib.suppress(OSError):
@@ -1037,8 +1037,8 @@ def train_and_test(run, data, test, stop):
     name = split_name(args)
     with memory_for("--batch-size", args.batch_size):
         train_epoch(run, data, stop)
-    if stop.agreed():
-        return stop.agreed()
+    if signum := stop.agreed():
+        return signum
     results = averages(run.sums, "train")
     completed = run.epoch + 1
     if completed % args.test_interval == 0 or completed == args.epochs:
@@ -1048,8 +1048,8 @@ def train_and_test(run, data, test, stop):
         except Failure:
             run.save()  # the first process keeps the epoch; a resumed run begins with its test
             raise
-        if stop.agreed():
-            return stop.agreed()
+        if signum := stop.agreed():
+            return signum
         results.update(averages(tested, name))
     run.finish_epoch(results)
     print(epoch_line(run.history[-1], args.epochs, name))
@@ -1058,8 +1058,7 @@ def train_and_test(run, data, test, stop):
 
 def train(run, data, test, stop):
     """Train, test, log and save epoch by epoch, to the last or to a signal, which is returned."""
-    saved_at = -math.inf
-    save_took = 0
+    next_save = 0
     stopped = 0
     while run.epoch < run.args.epochs and not stopped:
         try:
@@ -1067,12 +1066,11 @@ def train(run, data, test, stop):
         except OSError:  # the output was closed
             run.save()
             raise
-        # Saving may take a tenth of the time.
-        now = time.perf_counter()
-        if stopped or run.epoch == run.args.epochs or now - saved_at >= 10 * save_took:
+        began = time.perf_counter()
+        if stopped or run.epoch == run.args.epochs or began >= next_save:
             run.save()
-            saved_at = time.perf_counter()
-            save_took = saved_at - now
+            took = time.perf_counter() - began
+            next_save = began + 10 * took  # saving may take a tenth of the time
     return stopped
 
 
@@ -1187,6 +1185,8 @@ def load_data(name, data_dir, train):
             fetch_mnist(raw)
         for file in raw.glob("train-*-ubyte" if train else "t10k-*-ubyte"):
             check_idx_file(file)
+        if raw.with_name("processed").exists():
+            raise Failure(f"delete {raw.with_name('processed')}, which would be read instead")
         dataset = getattr(torchvision.datasets, source)(data_dir, train=train, download=True)
         images = torch.as_tensor(dataset.data)
         if images.ndim == 3:  # grey
@@ -1488,7 +1488,7 @@ def parse_args(argv):
 
 def command(args, *words):
     """A command of this script, to be copied from the output."""
-    script = sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else "net.py"
+    script = sys.argv[0] if "net.py" in sys.argv[0] else "net.py"
     parts = ["python", script, *map(str, words)]
     if args.data_dir != "data":
         parts += ["--data-dir", args.data_dir]
@@ -1500,7 +1500,7 @@ def command(args, *words):
     return shlex.join(part.replace(os.sep, "/") for part in parts)
 
 
-TABLE_1 = {  # test error in percent; on MNIST mean and deviation of the paper's 3 trials
+TABLE_1 = {  # test error in percent; on MNIST CapsNet's are mean and deviation of 3 trials
     ("MNIST", "baseline", 3, False): "0.39",
     ("MNIST", "capsnet", 1, False): "0.34 +- 0.032",
     ("MNIST", "capsnet", 1, True): "0.29 +- 0.011",

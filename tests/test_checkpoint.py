@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from helpers import (
     QUICK,
     REPOSITORY,
@@ -240,6 +241,25 @@ def test_run_saved_before_taps_lay_first_resumes_exactly(train, interrupt, fashi
     assert outcome(stopped) == outcome(whole)
 
 
+@pytest.mark.parametrize("missing", ["warm_up", "starts", "data_sum"])
+def test_run_of_an_older_version_resumes_exactly(train, interrupt, fashion, missing):
+    whole = train(THREE_EPOCHS, name="whole")
+    interrupt("train_step", 6, signal.SIGTERM)
+    stopped = train(THREE_EPOCHS, name="stopped", status=143)
+    saved = checkpoint(stopped)
+    del (saved["args"] if missing == "warm_up" else saved)[missing]
+    torch.save(saved, stopped / "last.pt")
+    assert main("--resume", stopped, "--data-dir", fashion) == 0
+    assert outcome(stopped) == outcome(whole)
+
+
+def test_signal_during_a_test_ends_it_after_a_batch(train, interrupt, spy):
+    sizes = spy(net, "tally", lambda _, losses, output, labels: len(labels))
+    interrupt("evaluate", 1, signal.SIGTERM)
+    train("--test-batch-size 7", status=143)
+    assert sizes == [16, 16, 16, 16, 7]  # four steps and a batch of the test
+
+
 def test_second_signal_ends_at_once(train, interrupt, monkeypatch):
     def leave(status):
         raise SystemExit(status)
@@ -385,6 +405,17 @@ def test_start_notes_the_commit_of_net_py_wherever_it_is_called(tmp_path, monkey
     assert re.fullmatch("[0-9a-f]{40}", net.environment(torch.device("cpu"))["commit"])
     (tmp_path / "net.py").write_text("two")
     assert net.environment(torch.device("cpu"))["commit"].endswith("-dirty")
+
+
+def test_start_is_noted_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert net.environment(torch.device("cpu"))["commit"] is None
+
+
+def test_versions_are_those_of_their_packages():
+    versions = net.environment(torch.device("cpu"))["versions"]
+    assert versions["torch"] == torch.__version__
+    assert versions["torchvision"] == torchvision.__version__
 
 
 @pytest.mark.parametrize("name", ["", "last.pt"])
@@ -550,11 +581,14 @@ def full_disk(monkeypatch):
     return lambda: monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_full_disk_leaves_the_last_checkpoint_whole(trained, full_disk, fashion, capsys):
-    before = (trained / "last.pt").read_bytes()
+def test_full_disk_leaves_the_last_checkpoint_and_its_log_whole(
+    trained, full_disk, fashion, capsys
+):
+    before = files_in(trained)
     full_disk()
     refusal(capsys, "--resume", trained, "--data-dir", fashion, "--epochs 2")
-    assert (trained / "last.pt").read_bytes() == before
+    after = files_in(trained)
+    assert [after[name] == before[name] for name in ("last.pt", "log.jsonl")] == [True, True]
 
 
 def test_full_disk_is_reported_by_file_and_reason(train, full_disk, capsys):

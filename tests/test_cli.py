@@ -327,6 +327,15 @@ def test_cpu_has_bf16_if_it_has_one_of_two_features(monkeypatch, feature):
     assert net.has_bf16(torch.device("cpu")) == (feature != "avx2")
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_gpu_that_only_emulates_bf16_has_none(monkeypatch, native):
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert net.has_bf16(torch.device("cuda")) == native
+
+
 def test_precision_fp32_means_no_tf32_and_convolutions_that_repeat(train, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
@@ -418,6 +427,11 @@ def test_resume_refuses_to_contradict_the_checkpoint(trained, capsys, flags):
 @pytest.mark.parametrize("flags", [*CONTRADICTIONS, "--epochs 2"])
 def test_evaluate_refuses_to_contradict_the_checkpoint(trained, capsys, flags):
     assert name_of(flags) in refused(capsys, "--evaluate", trained, flags)
+
+
+@pytest.mark.parametrize("flags", [f for f in CONTRADICTIONS if "--lr-decay" not in f])
+def test_more_epochs_let_nothing_else_contradict_the_checkpoint(trained, capsys, flags):
+    assert name_of(flags) in refused(capsys, "--resume", trained, "--epochs 2", flags)
 
 
 def test_resume_takes_the_flags_of_the_run(train):
@@ -668,6 +682,35 @@ def test_local_rank_without_torchrun_is_left_alone(monkeypatch):
     assert net.set_up(args) == torch.device("cuda:0")
 
 
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Call it with LOCAL_RANK to set up a process of torchrun where there are two GPUs.
+
+    It returns the device, and the one that CUDA is told.
+    """
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(net.dist, "init_process_group", lambda: None)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+    def set_up(local_rank):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        return [net.set_up(net.build_parser().parse_args(["--precision", "fp32"])), *told]
+
+    return set_up
+
+
+def test_each_process_of_torchrun_takes_its_own_gpu(two_gpus):
+    assert two_gpus(1) == 2 * [torch.device("cuda:1")]
+
+
+def test_more_processes_than_gpus_are_refused(two_gpus):
+    with pytest.raises(net.Failure, match="more processes than GPUs"):
+        two_gpus(2)
+
+
 def test_predict_names_what_is_no_image(trained, said):
     assert str(REPOSITORY / "net.py") in said(
         "--evaluate", trained, "--predict", REPOSITORY / "net.py"
@@ -693,10 +736,43 @@ def test_first_lines_tell_what_runs(train, capsys):
     assert words[:7] == ["device", "precision", "torch", "data", "model", "training", "run"]
 
 
+def test_first_lines_have_precision_and_size(train, capsys):
+    weights = checkpoint(train("--precision bf16"))["model"].values()
+    said, count = capsys.readouterr().out, sum(weight.numel() for weight in weights)
+    assert "precision  bf16 in training, fp32 in testing\n" in said
+    assert f"model      capsnet, r = 3: {count:,} parameters\n" in said
+
+
+def test_line_of_an_epoch_has_its_numbers():
+    entry = {"epoch": 3, "train_loss": 0.5, "test_loss": 0.25, "seconds": 100}
+    entry |= {"test_error": 1.5, "test_wrong": 3}
+    said = "epoch 3/5  loss 0.5000, test loss 0.2500  1.50% test error (3 wrong)  100.0 s"
+    assert net.epoch_line(entry, 5, "test") == f"{said}, 03:20 to train"
+    assert net.epoch_line(entry, 3, "test") == said.replace("3/5", "3/3")
+
+
+def test_report_after_the_last_step_has_the_loss_of_the_log(train, capsys):
+    (entry,) = log(train("--with_reconstruction --log-interval 4"))
+    said = f"epoch 1/1  loss {entry['train_loss']:.4f}  64/64 images"
+    assert said in capsys.readouterr().out
+
+
+def test_resumed_run_is_called_complete_only_if_it_is(trained, fashion, capsys):
+    for flags, complete in (("", True), ("--epochs 2", False)):
+        assert main("--resume", trained, "--data-dir", fashion, flags) == 0
+        assert ("this run is complete" in capsys.readouterr().out) == complete
+
+
 def test_command_that_tests_the_result_is_shown(train, capsys):
     train()
     command = shown(capsys, "test it").removeprefix("python net.py ")
     assert main(command) == 0
+
+
+def test_command_that_uses_the_result_is_shown(train, capsys):
+    train()
+    command = shown(capsys, "use it").removeprefix("python net.py ")
+    assert main(command.replace("IMAGE", str(REPOSITORY / "tests" / "five.jpg"))) == 0
 
 
 def test_output_names_the_checkpoint(train, capsys):

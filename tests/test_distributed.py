@@ -1,5 +1,6 @@
 """Several processes compute what one does (gloo, on the CPU)."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -147,6 +148,15 @@ def test_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
     assert [stop.agreed(), stop.agreed()] == [0, signal.SIGTERM]
 
 
+def test_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
+    stop = net.Stop()
+    stop.signal = signal.SIGTERM  # sent to all processes, torchrun and this one
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(net.os, "_exit", lambda status: pytest.fail("ended at once"))
+    stop.note(signal.SIGTERM, None)
+    assert stop.signal == signal.SIGTERM
+
+
 def test_signal_to_all_processes_is_not_added_up(monkeypatch):
     asked, stop = [], net.Stop()
     stop.signal = signal.SIGINT
@@ -164,6 +174,21 @@ def test_data_are_fetched_by_the_first_process_first(monkeypatch, rank):
     with net.first_process_first():
         order.append("fetch")
     assert order == (["meet", "fetch"] if rank else ["fetch", "meet"])
+
+
+def test_data_are_loaded_when_the_first_process_has_them(trained, fashion, spy, monkeypatch):
+    order = []
+
+    @contextlib.contextmanager
+    def turn():
+        order.append("begin")
+        yield
+        order.append("end")
+
+    monkeypatch.setattr(net, "first_process_first", turn)
+    spy(net, "load_splits", lambda *_: order.append("load"))
+    assert main("--evaluate", trained, "--data-dir", fashion) == 0
+    assert order == ["begin", "load", "end"]
 
 
 def test_other_processes_write_no_file(monkeypatch, tmp_path):

@@ -122,6 +122,15 @@ def test_proportions_are_kept(file):
     assert box(net.read_image(file, 1, 28)) == (10, 20)
 
 
+def test_digit_that_is_heavy_on_one_side_stays_whole(file):
+    image = Image.new("L", (200, 200))
+    canvas = ImageDraw.Draw(image)
+    canvas.rectangle((60, 20, 139, 59), fill="white")
+    canvas.rectangle((98, 60, 101, 179), fill="white")  # 160 high, 80 wide
+    image.save(file)
+    assert box(net.read_image(file, 1, 28)) == (20, 10)
+
+
 def test_line_one_pixel_wide_survives(file):
     image = Image.new("L", (200, 200))
     ImageDraw.Draw(image).line((100, 20, 100, 180), fill="white")
@@ -192,6 +201,19 @@ def test_broken_exif_is_tolerated(file, four, exif):
 def test_white_ink_on_transparency_reads_like_black(file, four):
     transparent = draw(file, paper=(0, 0, 0, 0), ink="white", mode="RGBA")
     assert (net.read_image(transparent, 1, 28) - four).abs().max() < 1e-5
+
+
+def test_pale_ink_on_transparency_reads_like_black(file, four):
+    transparent = draw(file, paper=(0, 0, 0, 0), ink="#f0f0f0", mode="RGBA")
+    assert (net.read_image(transparent, 1, 28) - four).abs().max() < 1e-5
+
+
+def test_black_speck_beside_a_pale_digit_changes_nothing(file):
+    alone = net.read_image(draw(file, paper="#d8d8d8", ink="#b0b0b0"), 1, 28)
+    with Image.open(file) as image:
+        ImageDraw.Draw(image).rectangle((10, 180, 11, 181), fill="black")
+        image.save(file)
+    assert (net.read_image(file, 1, 28) - alone).abs().max() < 0.01
 
 
 def test_one_grey_pixel_changes_nothing(file, four):

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -294,6 +295,21 @@ def test_autocast_would_be_seen(model, data):
         assert not torch.equal(model(data[1].tensors[0] / 255).lengths, expected)
 
 
+def test_autocast_is_asked_for_on_the_device_of_the_images(start, data, pretended_gpu, monkeypatch):
+    training, test = pretended_gpu(*data)
+    run = start(training, "--batch-size 64 --precision bf16")
+    asked, original = [], torch.autocast
+
+    def autocast(device, *args, **options):
+        asked.append(device)
+        return original("cpu", enabled=False)
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    net.train_epoch(run, training, NEVER)
+    net.evaluate(run.model, test, 40)
+    assert asked == ["cuda", "cuda"]
+
+
 def test_half_precision_is_bfloat16_where_the_default_is_another(start, data):
     run, seen = start(data[0], "--precision bf16"), []
     run.model.conv1.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
@@ -360,6 +376,22 @@ def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(train, break_st
     folder = train("--epochs 2", status=1)
     assert checkpoint(folder)["epoch"] == 1
     assert all(weight.isfinite().all() for weight in weights(folder).values())
+
+
+def test_signal_after_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    train, interrupt, break_step
+):
+    interrupt("train_step", 6, signal.SIGTERM)
+    break_step(5)
+    folder = train("--epochs 2", status=1)
+    assert checkpoint(folder)["step"] == 4
+    assert all(weight.isfinite().all() for weight in weights(folder).values())
+
+
+def test_loss_that_is_not_finite_ends_the_run_at_the_next_report(train, break_step, steps):
+    break_step(0)
+    train("--batch-size 4 --log-interval 3", status=1)  # 16 steps an epoch
+    assert len(steps) == 3
 
 
 def test_exploding_run_saves_nothing(train):
