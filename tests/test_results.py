@@ -206,6 +206,28 @@ def test_line_of_the_queue_equals_the_log(line):
     assert state in ({"done"} if complete else {"running", "abandoned"})
 
 
+def trials(flags):
+    """The complete runs that the command of the trials makes with some flags, by their seeds."""
+    common = re.search(r"^    (python net\.py .+)$", section(LIST, "Recipe"), re.M)[1]
+    found = [run for run in RUNS.values() if is_made_by(run, [f"{common} {flags}"])]
+    return sorted(found, key=lambda run: run[0]["seed"])
+
+
+@pytest.mark.parametrize("line", table(section(LIST, "Recipe")), ids=lambda line: line[0])
+def test_trial_of_the_recipe_has_the_numbers_of_its_logs(line):
+    flags, wrong, margin_loss = line
+    last = [history[-1] for _, _, history in trials(flags.strip("`"))]
+    assert wrong == ", ".join(str(entry["valid_wrong"]) for entry in last)
+    assert margin_loss == ", ".join(f"{entry['valid_margin_loss']:.4f}" for entry in last)
+
+
+def test_every_trial_of_the_recipe_is_in_its_table():
+    lines = table(section(LIST, "Recipe"))
+    named = [run[0] for flags, *_ in lines for run in trials(flags.strip("`"))]
+    complete = [args for args, _, log in RUNS.values() if len(log) == args["epochs"]]
+    assert len(named) == len([args for args in complete if args["validation"]])
+
+
 def test_last_epochs_of_the_headline_equal_the_logs():
     (row, _), *_ = README_ROWS
     lines = table(LIST.split("after epochs 26\nto 30:")[1])
