@@ -684,7 +684,7 @@ class Failure(Exception):
 
 def write_file(path, content):
     """Write bytes, whole or not at all (the first process alone does). Raises Failure."""
-    if rank() != 0:
+    if rank():
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -1569,8 +1569,8 @@ def set_up(args):
             if device.index >= torch.cuda.device_count():
                 raise Failure("more processes than GPUs: lower --nproc-per-node, or --no-cuda")
             torch.cuda.set_device(device)
-        dist.init_process_group()
-        if rank() != 0:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(device) else "fp32"  # CHOICE 15: precision
@@ -1606,7 +1606,7 @@ def run_folder(args):
 @contextlib.contextmanager
 def first_process_first():
     """Let the other processes wait until the first one is through, which may fetch data."""
-    if rank() != 0:
+    if rank():
         dist.barrier()
     yield
     if dist.is_initialized() and rank() == 0:

@@ -684,26 +684,31 @@ def test_local_rank_without_torchrun_is_left_alone(monkeypatch):
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """Call it with LOCAL_RANK to set up a process of torchrun where there are two GPUs.
+    """Call it with LOCAL_RANK and flags to set up a process of torchrun where there are two GPUs.
 
-    It returns the device, and the one that CUDA is told.
+    It returns the device, what CUDA is told it is, and how the processes reach each other.
     """
     told = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", told.append)
-    monkeypatch.setattr(net.dist, "init_process_group", lambda: None)
+    monkeypatch.setattr(net.dist, "init_process_group", told.append)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
 
-    def set_up(local_rank):
+    def set_up(local_rank, *flags):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        return [net.set_up(net.build_parser().parse_args(["--precision", "fp32"])), *told]
+        return [net.set_up(net.build_parser().parse_args(["--precision", "fp32", *flags])), *told]
 
     return set_up
 
 
 def test_each_process_of_torchrun_takes_its_own_gpu(two_gpus):
-    assert two_gpus(1) == 2 * [torch.device("cuda:1")]
+    both = "cpu:gloo,cuda:nccl"  # what stops a run is agreed on by the CPUs
+    assert two_gpus(1) == [torch.device("cuda:1"), torch.device("cuda:1"), both]
+
+
+def test_processes_on_the_cpu_need_no_gpu_to_reach_each_other(two_gpus):
+    assert two_gpus(1, "--no-cuda") == [torch.device("cpu"), "gloo"]
 
 
 def test_more_processes_than_gpus_are_refused(two_gpus):
