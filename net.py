@@ -954,7 +954,7 @@ class Stop:
         return self
 
     def note(self, signum, _):
-        """The signal handler. Of several processes each may get torchrun's signal, and its own."""
+        """The signal handler. Under torchrun a signal may come twice: directly, and passed on."""
         if self.signal and not dist.is_initialized():
             os._exit(128 + signum)
         self.signal = signum
