@@ -744,21 +744,6 @@ def make_model(args):
     )
 
 
-def put_taps_first(checkpoint):
-    """Update a file from when PrimaryCaps' weight was nn.Conv2d's, (types*D, C, Q, Q)."""
-    weights = checkpoint["model"]
-    if "primary_caps.conv.weight" not in weights:
-        return
-    place = list(weights).index("primary_caps.conv.weight")
-    moments = checkpoint.get("optimizer", {"state": {}})["state"].get(place, {})
-    for name in ("exp_avg", "exp_avg_sq"):
-        if name in moments:
-            moments[name] = moments[name].permute(2, 3, 1, 0).contiguous()
-    weights["primary_caps.bias"] = weights.pop("primary_caps.conv.bias")
-    weight = weights.pop("primary_caps.conv.weight")
-    weights["primary_caps.weight"] = weight.permute(2, 3, 1, 0).contiguous()
-
-
 def load_checkpoint(file):
     """(model, checkpoint) of a run folder or a file; nothing in it is executed. Raises Failure."""
     file = Path(file)
@@ -775,10 +760,8 @@ def load_checkpoint(file):
         raise Failure(unsafe) from error
     try:
         args = build_parser().parse_args([])  # what an older file does not tell is as by default
-        checkpoint["args"].setdefault("warm_up", 1)  # older ones had none
         vars(args).update(checkpoint["args"])
         model = make_model(args)
-        put_taps_first(checkpoint)
         model.load_state_dict(checkpoint["model"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
@@ -839,17 +822,14 @@ class Run:
     def restore(self, checkpoint):
         """Stand where the checkpoint was saved (the model has its weights already)."""
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for parameter, state in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # fused Adam wants them laid out alike
-                state[name] = torch.empty_like(parameter).copy_(state[name])
         self.epoch = checkpoint["epoch"]
         self.step = checkpoint["step"]
         self.history = checkpoint["history"]
-        self.starts = checkpoint.get("starts", [])
+        self.starts = checkpoint["starts"]
         totals = checkpoint["totals"]
         self.sums += self.sums.new_tensor([totals[name] for name in SUMS])
         self.seconds = totals["seconds"]
-        if checkpoint.get("data_sum", self.data_sum) != self.data_sum:
+        if checkpoint["data_sum"] != self.data_sum:
             raise Failure("the training data are not those that the run began with")
 
     def checkpoint(self):
@@ -1227,7 +1207,7 @@ def save_pretrained(run, file, data_dir="data"):
     _, test = load_splits(args.dataset, data_dir, args.validation)
     measured = averages(evaluate(model, test, args.test_batch_size), "measured")
     names = ("epoch", "step", "args", "history", "starts", "versions")
-    origin = {name: checkpoint[name] for name in names if name in checkpoint}
+    origin = {name: checkpoint[name] for name in names}
     save_checkpoint({"model": weights, **measured, **origin}, Path(file))
 
 

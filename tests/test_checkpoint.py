@@ -223,36 +223,6 @@ def test_run_in_bf16_resumes_exactly(whole_and_resumed):
     assert resumed == whole
 
 
-def test_run_saved_before_taps_lay_first_resumes_exactly(train, interrupt, fashion):
-    whole = train(THREE_EPOCHS, name="whole")
-    interrupt("train_step", 6, signal.SIGTERM)
-    stopped = train(THREE_EPOCHS, name="stopped", status=143)
-    saved = checkpoint(stopped)
-    moments = saved["optimizer"]["state"][2]
-    for name in ("exp_avg", "exp_avg_sq"):
-        moments[name] = moments[name].permute(3, 2, 0, 1).clone()
-    weights = {}
-    for name, weight in saved["model"].items():  # in their order
-        if name == "primary_caps.weight":
-            weight = weight.permute(3, 2, 0, 1).clone()
-        weights[name.replace("primary_caps.", "primary_caps.conv.")] = weight
-    torch.save({**saved, "model": weights}, stopped / "last.pt")
-    assert main("--resume", stopped, "--data-dir", fashion) == 0
-    assert outcome(stopped) == outcome(whole)
-
-
-@pytest.mark.parametrize("missing", ["warm_up", "starts", "data_sum"])
-def test_run_of_an_older_version_resumes_exactly(train, interrupt, fashion, missing):
-    whole = train(THREE_EPOCHS, name="whole")
-    interrupt("train_step", 6, signal.SIGTERM)
-    stopped = train(THREE_EPOCHS, name="stopped", status=143)
-    saved = checkpoint(stopped)
-    del (saved["args"] if missing == "warm_up" else saved)[missing]
-    torch.save(saved, stopped / "last.pt")
-    assert main("--resume", stopped, "--data-dir", fashion) == 0
-    assert outcome(stopped) == outcome(whole)
-
-
 def test_signal_during_a_test_ends_it_after_a_batch(train, interrupt, spy):
     sizes = spy(net, "tally", lambda _, losses, output, labels: len(labels))
     interrupt("evaluate", 1, signal.SIGTERM)
