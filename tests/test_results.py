@@ -177,8 +177,8 @@ def test_headline_stands_beside_the_paper_and_the_earlier_version():
 
 
 def test_minutes_of_an_epoch_are_those_of_the_trial():
-    trials_of_it = section(LIST, "Trials")
-    minutes, seconds = map(int, re.search(r"(\d+) min (\d+) s with f", trials_of_it).groups())
+    trials_text = section(LIST, "Trials")
+    minutes, seconds = map(int, re.search(r"(\d+) min (\d+) s with f", trials_text).groups())
     assert f"about {minutes + seconds / 60:.0f} minutes on two CPU cores" in README
 
 
