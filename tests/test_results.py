@@ -176,6 +176,17 @@ def test_headline_stands_beside_the_paper_and_the_earlier_version():
     assert f"the paper: {paper:.2f}%" in top and "99.65% (n = 1)" in top
 
 
+def test_worth_of_routing_and_of_reconstruction_is_that_of_the_rows():
+    text = " ".join(section(README, "Results").split())
+    said = r"changes the error by (\S+) points, .* by (\S+) \(the paper: (\S+), (\S+)\)"
+    worth = []
+    for column in (2, 1):  # ours, the paper's
+        errors = {row[0]: float(row[column].split()[0]) for row, _ in README_ROWS}
+        best = errors["CapsNet, r = 3, reconstruction"]
+        worth += [errors["CapsNet, r = 1, reconstruction"] - best, errors["CapsNet, r = 3"] - best]
+    assert [float(number) for number in re.search(said, text).groups()] == pytest.approx(worth)
+
+
 def test_minutes_of_an_epoch_are_those_of_the_trial():
     trials_text = section(LIST, "Trials")
     minutes, seconds = map(int, re.search(r"(\d+) min (\d+) s with f", trials_text).groups())
