@@ -1359,7 +1359,7 @@ def build_parser():
     parser = argparse.ArgumentParser(
         description="Dynamic Routing Between Capsules: train, test, predict",
         epilog="examples:\n"
-        "  python net.py --with_reconstruction --epochs 30     train the paper's network\n"
+        "  python net.py --with_reconstruction --epochs 40     train the paper's network\n"
         "  python net.py --evaluate results/pretrained.pt      test the pretrained one",
         formatter_class=HelpFormatter,
         allow_abbrev=False,

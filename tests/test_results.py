@@ -178,13 +178,19 @@ def test_headline_stands_beside_the_paper_and_the_earlier_version():
 
 def test_worth_of_routing_and_of_reconstruction_is_that_of_the_rows():
     text = " ".join(section(README, "Results").split())
-    said = r"changes the error by (\S+) points, .* by (\S+) \(the paper: (\S+), (\S+)\)"
+    said = r"the error by (\S+) points, .* by (\S+) \(the paper: (\S+), (\S+)\), .* by (\S+):"
     worth = []
     for column in (2, 1):  # ours, the paper's
         errors = {row[0]: float(row[column].split()[0]) for row, _ in README_ROWS}
         best = errors["CapsNet, r = 3, reconstruction"]
         worth += [errors["CapsNet, r = 1, reconstruction"] - best, errors["CapsNet, r = 3"] - best]
+    of_seeds = [history[-1]["test_error"] for _, _, history in runs_of(README_ROWS[0][0]).values()]
+    worth.append(max(of_seeds) - min(of_seeds))
     assert [float(number) for number in re.search(said, text).groups()] == pytest.approx(worth)
+
+
+def test_runs_of_the_readme_were_compiled_as_it_says():
+    assert all(args["compile"] for row, _ in README_ROWS for args, _, _ in runs_of(row).values())
 
 
 def test_minutes_of_an_epoch_are_those_of_the_trial():
