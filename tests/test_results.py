@@ -79,7 +79,8 @@ def is_made_by(run, commands):
     args, _, history = run
     stages = arguments(commands)
     wanted = vars(stages[-1])
-    if any(args.get(name, wanted[name]) != wanted[name] for name in wanted.keys() - FREE):
+    free = FREE | ({"precision"} if wanted["precision"] == "auto" else set())
+    if any(args.get(name, wanted[name]) != wanted[name] for name in wanted.keys() - free):
         return False
     if not len(history) == args["epochs"] == wanted["epochs"]:
         return False
@@ -189,8 +190,12 @@ def test_worth_of_routing_and_of_reconstruction_is_that_of_the_rows():
     assert [float(number) for number in re.search(said, text).groups()] == pytest.approx(worth)
 
 
-def test_runs_of_the_readme_were_compiled_as_it_says():
-    assert all(args["compile"] for row, _ in README_ROWS for args, _, _ in runs_of(row).values())
+def test_runs_of_the_readme_were_compiled_and_in_the_precision_that_it_says():
+    for row, _ in README_ROWS:
+        for name, (args, _, _) in runs_of(row).items():
+            assert args["compile"], name
+            said = "fp32" if f"/{name}/) (fp32)" in row[-1] else "bf16"
+            assert args["precision"] == said, name
 
 
 def test_minutes_of_an_epoch_are_those_of_the_trial():
