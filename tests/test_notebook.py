@@ -414,14 +414,6 @@ def test_lines_of_prose_are_within_100_columns(kept):
     assert [line for text in prose for line in text.splitlines() if len(line) > 100] == []
 
 
-def test_values_of_the_paper_are_those_of_table_1(tree):
-    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-    (paper,) = [node.value for node in assigned if ast.unparse(node.targets[0]) == "PAPER"]
-    rows = {row: text for row, text in net.TABLE_1.items() if row[0] == "MNIST"}
-    expected = {row[1:]: float(text.split()[0]) for row, text in rows.items()}
-    assert ast.literal_eval(paper) == expected
-
-
 # ---- how it names the rows of Figure 4 -------------------------------------------------------
 
 
