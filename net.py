@@ -713,8 +713,8 @@ def environment(device):
     if shutil.which("git"):
         git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         folder = Path(__file__).parent
-        said = subprocess.run(git, cwd=folder, capture_output=True, text=True)
-        commit = said.stdout.strip() or None
+        said = subprocess.run(git, cwd=folder, capture_output=True)
+        commit = said.stdout.decode().strip() or None
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -722,7 +722,7 @@ def environment(device):
         hardware = f"{name}, {torch.get_num_threads()} threads"
     versions = {
         "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
+        "torchvision": torchvision.__version__,
         "python": platform.python_version(),
     }
     return {"commit": commit, "hardware": hardware, "versions": versions}
@@ -1351,7 +1351,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, where there are any, and the examples as they are."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def build_parser():
@@ -1476,8 +1477,8 @@ def command(args, *words):
         parts += ["--no-cuda"]
     if args.compile and "--resume" in words:
         parts += ["--compile"]
-    # On Windows shlex would quote backslashes, which cmd.exe does not understand.
-    return shlex.join(part.replace(os.sep, "/") for part in parts)
+    join = shlex.join if os.sep == "/" else subprocess.list2cmdline  # Windows knows no 'quotes'
+    return join(part.replace(os.sep, "/") for part in parts)
 
 
 TABLE_1 = {  # test error in percent; on MNIST CapsNet's are mean and deviation of 3 trials
@@ -1697,7 +1698,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
         return status
-    except (Failure, OSError, UnicodeEncodeError) as failure:  # such as a closed pipe
+    except (Failure, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as failure:
         print("net.py:", *str(failure).splitlines(), file=sys.stderr)
     if dist.is_initialized():
         os._exit(1)  # the other processes wait in vain, and a proper end would wait for them

@@ -382,6 +382,15 @@ def test_start_is_noted_without_git(monkeypatch, tmp_path):
     assert net.environment(torch.device("cpu"))["commit"] is None
 
 
+@pytest.mark.skipif(os.name == "nt", reason="git is a script of the shell here")
+def test_start_is_noted_where_git_complains_in_another_encoding(monkeypatch, tmp_path):
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nprintf 'caf\\351' >&2\nexit 128\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert net.environment(torch.device("cpu"))["commit"] is None
+
+
 def test_versions_are_those_of_their_packages():
     versions = net.environment(torch.device("cpu"))["versions"]
     assert versions["torch"] == torch.__version__

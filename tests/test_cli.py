@@ -86,8 +86,9 @@ def test_flags_cannot_be_abbreviated(flag):
 
 def test_help_shows_every_default():
     text = " ".join(net.build_parser().format_help().split())
-    defaults = [value for value in FLAGS.values() if value not in (None, False)]
-    assert all(f"(default: {value})" in text for value in defaults)
+    flags = {flag.replace("_", "-"): str(default) for flag, default in FLAGS.items()}
+    defaults = [default for default in flags.values() if default not in ("None", "False")]
+    assert sorted(re.findall(r"\(default: (\S+)\)", text)) == sorted(defaults)
 
 
 def test_help_is_grouped():
@@ -601,6 +602,13 @@ def test_out_of_memory_names_the_batch_size(train, capsys, monkeypatch, error):
     assert "--batch-size 32: lower it" in capsys.readouterr().err
 
 
+def test_gpu_that_is_full_is_said_in_one_line(said, fashion, tmp_path, monkeypatch):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    monkeypatch.setattr(net, "fit_to_data", fail_with(full))
+    line = said("--dataset FashionMNIST --data-dir", fashion, "--output-dir", tmp_path)
+    assert str(full) in line
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -873,11 +881,11 @@ def test_printed_command_keeps_the_data_folder_and_the_device(data_dir, no_cuda)
     assert (parsed.resume, parsed.data_dir, parsed.no_cuda) == (Path("my run"), data_dir, no_cuda)
 
 
-def test_printed_command_has_no_backslash_on_windows(monkeypatch):
+def test_printed_command_suits_the_shell_of_windows(monkeypatch):
     monkeypatch.setattr(net.os, "sep", "\\")
-    args = argparse.Namespace(data_dir=r"my\data", no_cuda=False, compile=False)
+    args = argparse.Namespace(data_dir=r"all my\data", no_cuda=False, compile=False)
     printed = net.command(args, "--resume", PureWindowsPath(r"runs\x"))
-    assert printed == "python net.py --resume runs/x --data-dir my/data"
+    assert printed == 'python net.py --resume runs/x --data-dir "all my/data"'
 
 
 def test_printed_command_calls_the_script_as_it_was_called(monkeypatch):
