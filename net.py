@@ -1477,7 +1477,7 @@ def command(args, *words):
         parts += ["--no-cuda"]
     if args.compile and "--resume" in words:
         parts += ["--compile"]
-    join = shlex.join if os.sep == "/" else subprocess.list2cmdline  # Windows knows no 'quotes'
+    join = shlex.join if os.sep == "/" else subprocess.list2cmdline  # cmd.exe knows no '
     return join(part.replace(os.sep, "/") for part in parts)
 
 

@@ -211,6 +211,38 @@ def test_worth_of_routing_and_of_reconstruction_is_that_of_the_rows():
     assert [float(number) for number in re.search(said, text).groups()] == pytest.approx(worth)
 
 
+def test_text_has_the_errors_of_the_baselines_and_of_pairs_after_30_epochs():
+    text = " ".join(section(README, "Results").split())
+    cnn, of_pairs = (net.TABLE_1[data, "baseline", 3, False] for data in ("MNIST", "MultiMNIST"))
+    assert f"its plain CNNs ({cnn}; MultiMNIST {of_pairs})" in text
+    _, _, history = RUNS["MultiMNIST-capsnet-r3-reconstruction-15then30epochs-seed1"]
+    assert f"after 30 r = 3 has {history[-1]['test_error']:.2f}." in text
+
+
+def test_what_routing_shows_is_that_of_the_logs():
+    text = " ".join(section(LIST, "Rows that are not in the README").split())
+    wrong, losses = {1: [], 3: []}, {1: [], 3: []}
+    for row, _ in README_ROWS:
+        for args, _, history in runs_of(row).values():
+            if args["dataset"] == "MNIST":
+                wrong[args["routing_iterations"]].append(history[-1]["train_wrong"])
+                losses[args["routing_iterations"]].append(history[-1]["test_margin_loss"])
+    said = "r = 3 errs on {} to {} of 60,000 training images, r = 1 on {} to {}; "
+    assert said.format(*(end(wrong[r]) for r in (3, 1) for end in (min, max))) in text
+    said = "their margin losses in testing are {:.4f} to {:.4f} and {:.4f} to {:.4f}."
+    assert said.format(*(end(losses[r]) for r in (3, 1) for end in (min, max))) in text
+
+
+def test_what_bf16_costs_is_that_of_the_logs():
+    text = " ".join(section(LIST, "Rows that are not in the README").split())
+    names = ("bf16-seed1", "spectra-seed1", "seed1")
+    last = [RUNS[f"MNIST-capsnet-r3-reconstruction-8epochs-{name}"][2][-1] for name in names]
+    said = "ends with {} wrong in bf16 (by spectra {}) and with {} in fp32"
+    assert said.format(*(entry["test_wrong"] for entry in last)) in text
+    said = "its margin losses in testing are {:.4f} ({:.4f}) and {:.4f}."
+    assert said.format(*(entry["test_margin_loss"] for entry in last)) in text
+
+
 def test_runs_of_the_readme_were_compiled_and_in_the_precision_that_it_says():
     for row, _ in README_ROWS:
         for name, (args, _, _) in runs_of(row).items():
