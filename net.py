@@ -749,7 +749,7 @@ def load_checkpoint(file):
     file = Path(file)
     if file.is_dir():
         file = file / "last.pt"
-    unsafe = f"{file} is damaged or more than plain data; nothing in it was executed"
+    unsafe = f"{file} is damaged, not plain data, or too large for the memory; nothing was executed"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of old pickles
@@ -808,8 +808,9 @@ class Run:
         """What a step computes, compiled and distributed as asked for. Raises Failure."""
         objective = Objective(self.model, self.args.precision)
         if self.args.compile:
-            if not shutil.which(os.environ.get("CXX", "g++")):
-                raise Failure("--compile needs a C++ compiler: install g++, or name yours in CXX")
+            compiler = os.environ.get("CXX", "cl" if os.name == "nt" else "g++")  # as in torch
+            if not shutil.which(compiler):
+                raise Failure(f"--compile needs a C++ compiler: {compiler}, or one named in CXX")
             compiled = objective
             if self.device.type == "cpu":  # all but the routing would be slower, ReLUs above all
                 compiled = getattr(self.model, "digit_caps", objective)
@@ -886,7 +887,7 @@ class Run:
         step = self.step - max(1, int(self.bad_steps))
         raise Failure(
             f"the loss is not finite at step {step} (learning rate "
-            f"{self.learning_rate(step):.3g}); a lower --lr may help; "
+            f"{self.learning_rate(step):.3g}); a new run with a lower --lr may help; "
             f"{self.folder / 'last.pt'}, if it exists, is the last good checkpoint"
         )
 
@@ -1156,7 +1157,8 @@ def check_idx_file(file):
 def load_data(name, data_dir, train):
     """A data set's training or test digits, fetched if need be. Raises Failure."""
     source = name.removeprefix("Multi")  # MultiMNIST is made of MNIST
-    raw = Path(data_dir) / source / "raw"
+    data_dir = Path(data_dir).expanduser()
+    raw = data_dir / source / "raw"
     place = data_dir if name == "CIFAR10" else raw
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # seconds; torchvision sets none
@@ -1288,9 +1290,9 @@ INK_SIDE = {1: 20 / 28, 2: 23 / 36}  # the longer side of the ink of one digit a
 def read_image(file, channels, size, digits_per_image=1):
     """A user's image, prepared as MNIST's were: (1, C, H, W) in [0, 1].
 
-    Bright on dark, the ink scaled as in the data set (a digit to 20 of 28 pixels, two to 23 of 36),
-    its centre of mass in the middle; in colour, only scaled. Raises Failure if the file is no
-    image, or an empty one.
+    Bright on dark, the ink scaled as there (a digit to 20 of 28 pixels, two to 23 of 36), its
+    centre of mass in the middle; in colour, only scaled. Raises Failure if the file is no image, or
+    an empty one.
     """
     image = open_image(file)
     if channels == 3:
@@ -1445,8 +1447,8 @@ def parse_args(argv):
         return args, None, None
     model, checkpoint = load_checkpoint(source)
     saved = checkpoint["args"]
-    if args.resume and "optimizer" not in checkpoint:
-        raise Failure(f"{source} is a pretrained file; a run is resumed from its last.pt")
+    if args.resume and not {"optimizer", "totals", "data_sum"} <= checkpoint.keys():
+        raise Failure(f"{source} holds no whole run; a run is resumed from its last.pt")
 
     # Parse again with the checkpoint's values as defaults: what differs from them was given.
     parser.set_defaults(**{**saved, "compile": False})  # the machine's, not the run's
@@ -1563,10 +1565,13 @@ def run_folder(args):
     if args.resume:
         if args.resume.is_dir():
             return args.resume
-        last = args.resume.with_name("last.pt")
-        if args.resume != last and last.exists():
-            raise Failure(f"{last} would be overwritten: move {args.resume} to a folder of its own")
-        return last.parent
+        folder = args.resume.parent
+        if args.resume.name == "last.pt":
+            return folder
+        for file in (folder / "last.pt", folder / "log.jsonl"):
+            if file.exists():
+                raise Failure(f"{file} would be overwritten: move {args.resume} elsewhere first")
+        return folder
     name = f"{args.dataset}-{args.model}"
     if args.model == "capsnet":
         name += f"-r{args.routing_iterations}"
@@ -1669,7 +1674,9 @@ def start(args, model, checkpoint):
             print("this run is complete; more --epochs would continue it")
         stopped = train(run, data, test, stop)
     if stopped:
-        print(f"stopped and saved; go on with: {command(args, '--resume', folder)}")
+        if rank() == 0:  # to stderr: Ctrl-C ends what the output is piped into, too
+            go_on = command(args, "--resume", folder)
+            print(f"stopped and saved; go on with: {go_on}", file=sys.stderr)
         return 128 + stopped
     print_result(run)
     return 0
@@ -1698,7 +1705,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
         return status
-    except (Failure, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as failure:
+    except (Failure, OSError, torch.OutOfMemoryError, torch.AcceleratorError) as failure:
         print("net.py:", *str(failure).splitlines(), file=sys.stderr)
     if dist.is_initialized():
         os._exit(1)  # the other processes wait in vain, and a proper end would wait for them
@@ -1706,8 +1713,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(line_buffering=True)  # a log file has each line at once
+    if sys.stdout:  # a log file has each line at once, and any file's name
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     status = main()
     sys.stdout = None  # what a closed pipe did not take is not tried again
     sys.exit(status)

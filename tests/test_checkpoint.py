@@ -133,8 +133,9 @@ def test_signal_saves_though_it_ended_the_reader_of_the_output_too(
 
     monkeypatch.setattr(net.Stop, "note", note_and_close)
     interrupt("train_step", 6, signal.SIGINT)
-    assert checkpoint(train(THREE_EPOCHS, "--log-interval 1", status=1))["step"] == 6
-    assert capsys.readouterr().err == "net.py: [Errno 32] Broken pipe\n"
+    folder = train(THREE_EPOCHS, "--log-interval 1", status=130)
+    assert checkpoint(folder)["step"] == 6
+    assert f"go on with: python net.py --resume {folder}" in capsys.readouterr().err
 
 
 def test_closed_output_saves_the_steps_that_were_done(train, monkeypatch, capsys):
@@ -181,7 +182,7 @@ def test_signal_saves_though_nobody_reads_the_errors(train, interrupt, monkeypat
 def test_command_printed_on_a_signal_completes_the_run(train, interrupt, capsys):
     interrupt("train_step", 2, signal.SIGINT)
     folder = train(status=130)
-    command = capsys.readouterr().out.splitlines()[-1].partition("python net.py ")[2]
+    command = capsys.readouterr().err.splitlines()[-1].partition("python net.py ")[2]
     assert main(command) == 0
     assert checkpoint(folder)["epoch"] == 1
 
@@ -463,6 +464,15 @@ def test_missing_checkpoint_is_refused(tmp_path):
         net.load_checkpoint(tmp_path)
 
 
+def test_checkpoint_that_the_memory_cannot_hold_is_not_called_damaged_alone(trained, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(net.Failure, match="too large for the memory"):
+        net.load_checkpoint(trained)
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_refused_checkpoint_is_named_in_one_line(trained, capsys, flag):
     (trained / "last.pt").write_bytes(b"text")
@@ -496,10 +506,10 @@ def test_other_training_data_are_refused_on_resume(trained, tmp_path, capsys, co
     assert "training data" in said
 
 
-def test_resume_takes_a_checkpoint_of_any_name(trained, fashion):
-    (trained / "last.pt").rename(trained / "other.pt")
-    assert main("--resume", trained / "other.pt", "--data-dir", fashion, "--epochs 2") == 0
-    assert checkpoint(trained)["epoch"] == 2
+def test_resume_takes_a_checkpoint_of_any_name(trained, fashion, tmp_path):
+    shutil.copy(trained / "last.pt", tmp_path / "other.pt")
+    assert main("--resume", tmp_path / "other.pt", "--data-dir", fashion, "--epochs 2") == 0
+    assert checkpoint(tmp_path)["epoch"] == 2
 
 
 def test_resume_of_another_file_leaves_the_last_checkpoint_as_it_is(trained, fashion, capsys):
@@ -507,6 +517,14 @@ def test_resume_of_another_file_leaves_the_last_checkpoint_as_it_is(trained, fas
     before = files_in(trained)
     again = ("--resume", trained / "first.pt", "--data-dir", fashion, "--epochs 2")
     assert f"{trained / 'last.pt'} would be overwritten" in refusal(capsys, *again)
+    assert files_in(trained) == before
+
+
+def test_resume_of_another_file_leaves_a_log_without_its_checkpoint(trained, fashion, capsys):
+    (trained / "last.pt").rename(trained / "of_another_run.pt")
+    before = files_in(trained)
+    again = ("--resume", trained / "of_another_run.pt", "--data-dir", fashion, "--epochs 2")
+    assert f"{trained / 'log.jsonl'} would be overwritten" in refusal(capsys, *again)
     assert files_in(trained) == before
 
 
@@ -697,3 +715,12 @@ def test_pretrained_file_of_a_run_with_validation_never_opens_the_test_set(
 def test_pretrained_file_cannot_be_resumed(pretrained, fashion, capsys):
     said = refusal(capsys, "--resume", pretrained, "--data-dir", fashion)
     assert str(pretrained) in said
+
+
+@pytest.mark.parametrize("part", ["optimizer", "totals", "data_sum"])
+def test_file_that_lacks_a_part_of_the_run_cannot_be_resumed(trained, fashion, capsys, part):
+    content = checkpoint(trained)
+    del content[part]
+    torch.save(content, trained / "last.pt")
+    said = refusal(capsys, "--resume", trained, "--data-dir", fashion, "--epochs 2")
+    assert "holds no whole run" in said

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import io
 import os
 import re
 import runpy
@@ -602,11 +601,18 @@ def test_out_of_memory_names_the_batch_size(train, capsys, monkeypatch, error):
     assert "--batch-size 32: lower it" in capsys.readouterr().err
 
 
-def test_gpu_that_is_full_is_said_in_one_line(said, fashion, tmp_path, monkeypatch):
-    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-    monkeypatch.setattr(net, "fit_to_data", fail_with(full))
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        torch.AcceleratorError("CUDA error: no kernel image is available for execution"),
+    ],
+    ids=repr,
+)
+def test_gpu_that_cannot_be_used_is_said_in_one_line(said, fashion, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(net, "fit_to_data", fail_with(error))
     line = said("--dataset FashionMNIST --data-dir", fashion, "--output-dir", tmp_path)
-    assert str(full) in line
+    assert str(error) in line
 
 
 @pytest.mark.parametrize(
@@ -906,10 +912,17 @@ def test_run_without_any_output_stream_trains(train, monkeypatch):
     assert checkpoint(train())["epoch"] == 1
 
 
-def test_name_that_the_output_cannot_show_is_named_in_one_line(train, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    train(name="ü", status=1)
-    assert re.fullmatch(r"net\.py: 'ascii' codec can't encode .*\n", capsys.readouterr().err)
+def test_name_that_the_output_cannot_show_is_escaped_and_the_next_image_read(tmp_path):
+    shutil.copy(REPOSITORY / "tests" / "five.jpg", tmp_path / "ü.jpg")
+    command = [sys.executable, "net.py", "--no-cuda", "--evaluate", "results/pretrained.pt"]
+    command += ["--predict", tmp_path / "ü.jpg", "tests/five.jpg"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    child = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert re.findall(r"(\S+): 5$", child.stdout, re.M) == [
+        str(tmp_path / r"\xfc.jpg"),
+        "tests/five.jpg",
+    ]
+    assert (child.returncode, child.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

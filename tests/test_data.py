@@ -193,6 +193,15 @@ def test_fashion_mnist_is_64_grey_images_of_10_classes(fashion):
     assert summary(net.load_data("FashionMNIST", fashion, train=True)) == expected
 
 
+def test_damaged_file_in_the_home_folder_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (file, *_) = (write_fashion(tmp_path) / "FashionMNIST" / "raw").glob("train-*")
+    file.write_bytes(file.read_bytes() + b"more")
+    with pytest.raises(net.Failure, match="damaged"):
+        net.load_data("FashionMNIST", "~", train=True)
+
+
 def test_test_set_is_another_part_of_the_data_set(fashion):
     expected = ((40, 1, 28, 28), torch.uint8, list(range(10)))
     assert summary(net.load_splits("FashionMNIST", fashion)[1]) == expected

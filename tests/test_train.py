@@ -403,4 +403,4 @@ def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(train):
 def test_exploding_run_says_that_a_lower_learning_rate_may_help(train, capsys):
     train("--lr 1e30", status=1)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "a lower --lr may help" in line
+    assert "a new run with a lower --lr may help" in line
