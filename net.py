@@ -230,8 +230,8 @@ class PrimaryCaps(nn.Module):
         else:
             x = F.conv2d(features, self.weight.permute(3, 2, 0, 1), stride=self.stride)
         x = x.permute(0, 2, 3, 1) + self.bias  # (B, M, M, types*D)  CHOICE 7: biases and scale
-        u = x.flatten(1).unflatten(1, (-1, self.dim))  # (B, I, D)
-        return squash(u)  # CHOICE 8: no ReLU before squash
+        s = x.flatten(1).unflatten(1, (-1, self.dim))  # (B, I, D)
+        return squash(s)  # CHOICE 8: no ReLU before squash
 
 
 class DigitCaps(nn.Module):

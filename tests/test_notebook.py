@@ -260,7 +260,7 @@ def test_zero_column_of_figure_4_is_the_plain_reconstruction(executed, model, te
 
 def test_no_class_has_two_named_rows(executed, test_images):
     classes = [int(test_images[1][n]) for n, _ in executed[1]["named"].values()]
-    assert len(classes) == 6 and len(set(classes)) == 6
+    assert len(classes) == 5 and len(set(classes)) == 5
 
 
 def test_slider_redraws_the_picture(executed):
