@@ -182,7 +182,7 @@ def test_signal_saves_though_nobody_reads_the_errors(train, interrupt, monkeypat
 def test_command_printed_on_a_signal_completes_the_run(train, interrupt, capsys):
     interrupt("train_step", 2, signal.SIGINT)
     folder = train(status=130)
-    command = capsys.readouterr().err.splitlines()[-1].partition("python net.py ")[2]
+    command = capsys.readouterr().err.splitlines()[-1].split("python net.py ")[1]
     assert main(command) == 0
     assert checkpoint(folder)["epoch"] == 1
 
