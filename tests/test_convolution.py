@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Recorder, leaf, normal, relative_error
+from torch.utils.flop_counter import FlopCounterMode
 
 import net
 
@@ -82,6 +83,19 @@ def test_primary_capsules_are_the_direct_convolution_s(bias):
     direct = direct_conv2d(features, layer.weight, stride=2).permute(0, 2, 3, 1) + layer.bias
     direct = direct.reshape(2, -1, 5)
     assert relative_error(layer(features), net.squash(direct)) < 1e-12
+
+
+def test_primary_capsules_need_624_multiplications_instead_of_2916():
+    images, weight = normal(1, 1, 20, 20), normal(9, 9, 1, 1)
+    multiplications = []
+    for convolve, operator in (
+        (net.spectral_conv2d, torch.ops.aten.bmm),
+        (direct_conv2d, torch.ops.aten.convolution),
+    ):
+        with FlopCounterMode(display=False) as flops:
+            convolve(images, weight, stride=2)
+        multiplications.append(flops.get_flop_counts()["Global"][operator] / 2)
+    assert multiplications == [624, 2916]
 
 
 class Elsewhere(torch.Tensor):

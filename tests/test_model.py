@@ -42,6 +42,15 @@ def test_paper_without_the_decoder_has_6804224_parameters():
     assert parameters(net.CapsNet) == 6_804_224
 
 
+def test_layers_alone_default_to_the_paper_s():
+    with torch.device("meta"):
+        model, primary, digit = net.CapsNet(), net.PrimaryCaps(), net.DigitCaps(1152)
+    for layer, of_model in ((primary, model.primary_caps), (digit, model.digit_caps)):
+        shapes = [[p.shape for p in module.parameters()] for module in (layer, of_model)]
+        assert shapes[0] == shapes[1]
+    assert (primary.dim, primary.stride, digit.routing_iterations) == (8, 2, 3)
+
+
 def test_baseline_has_35445522_parameters():
     assert parameters(net.BaselineCNN) == 35_445_522
 
