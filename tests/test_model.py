@@ -102,6 +102,14 @@ def test_weight_holds_a_matrix_for_each_parent_and_child():
     assert tiny().digit_caps.weight.shape == (J, CHILDREN, D, E)
 
 
+def test_matrices_begin_normal_with_a_deviation_of_a_tenth():
+    torch.manual_seed(0)
+    weight = net.DigitCaps(1152).weight.detach()
+    assert weight.std() == pytest.approx(0.1, rel=0.01)
+    assert weight.mean() == pytest.approx(0, abs=0.001)
+    assert (weight.abs() > 0.2).float().mean() == pytest.approx(0.0455, rel=0.02)  # not cut off
+
+
 def test_matrix_takes_its_child_to_its_parent():
     layer = net.DigitCaps(CHILDREN, D, J, E, routing_iterations=1).double()
     u, matrix = normal(B, CHILDREN, D), normal(D, E, seed=1)
