@@ -44,10 +44,11 @@ def test_paper_without_the_decoder_has_6804224_parameters():
 
 def test_layers_alone_default_to_the_paper_s():
     with torch.device("meta"):
-        model, primary, digit = net.CapsNet(), net.PrimaryCaps(), net.DigitCaps(1152)
-    for layer, of_model in ((primary, model.primary_caps), (digit, model.digit_caps)):
-        shapes = [[p.shape for p in module.parameters()] for module in (layer, of_model)]
-        assert shapes[0] == shapes[1]
+        model = net.CapsNet(with_reconstruction=True)
+        primary, digit = net.PrimaryCaps(), net.DigitCaps(1152)
+        alone = [model.conv1, primary, digit, net.Decoder(10, 16, (1, 28, 28))]
+    shapes = [p.shape for layer in alone for p in layer.parameters()]
+    assert shapes == [p.shape for p in model.parameters()]
     assert (primary.dim, primary.stride, digit.routing_iterations) == (8, 2, 3)
 
 
@@ -301,6 +302,14 @@ def test_lengths_under_autocast_to_bfloat16_are_near_those_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         lengths = model(images).lengths
     assert relative_error(lengths, model(images).lengths) < 0.05
+
+
+def test_routing_under_autocast_reads_bfloat16(monkeypatch):
+    read = []
+    monkeypatch.setattr(net, "routing", lambda u, weight, _: read.extend((u, weight)))
+    with torch.autocast("cpu", torch.bfloat16):
+        net.DigitCaps(2)(normal(1, 2, 8).float())
+    assert [x.dtype for x in read] == 2 * [torch.bfloat16]
 
 
 def test_pixels_under_autocast_are_not_rounded_to_bfloat16():
