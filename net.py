@@ -296,7 +296,7 @@ def perturb(capsules, label, deltas):
     J, E = capsules.shape
     one_number = torch.eye(E).to(capsules).unsqueeze(1)  # (E, 1, E)
     grid = capsules.repeat(E, len(deltas), 1, 1)  # (E, N, J, E)
-    grid[:, :, label] += one_number * deltas.unsqueeze(1)  # CHOICE 10: the delta is added
+    grid[:, :, label] += one_number * deltas.to(grid).unsqueeze(1)  # CHOICE 10: the delta is added
     return grid
 
 
@@ -954,7 +954,7 @@ class Stop:
 @contextlib.contextmanager
 def memory_for(flag, size):
     """Say which flag to lower if the memory is too small for it."""
-    signs = ("MemoryError", "out of memory", "CPUAllocator", "bad_alloc", "ALLOC_FAILED")
+    signs = ("MemoryError", "out of memory", "CPUAllocator", "bad_alloc", "_ALLOC")
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -256,6 +256,10 @@ def test_perturbation_does_not_change_its_argument():
     assert torch.equal(capsules, CAPSULES)
 
 
+def test_perturbation_is_made_on_the_device_of_the_capsules():
+    assert net.perturb(CAPSULES.to("meta"), 4, DELTAS).device.type == "meta"
+
+
 # Other sizes and precisions
 
 
