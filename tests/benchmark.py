@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                                  on MNIST in data/
     python tests/benchmark.py --rounds 9 --json FILE           longer, results kept
+    python tests/benchmark.py --steps 100                      on a GPU, where a step is short
 
 "direct" is net.py with PyTorch's own convolution in place of that by spectra (on a CPU). The plain
 version is what most implementations do, done with care: float32, eager, NCHW, that convolution,
@@ -98,7 +99,9 @@ class Plain:
         steps = [transforms.Pad(2), transforms.RandomCrop(28), transforms.ToTensor()]
         shifted = torchvision.datasets.MNIST(folder, transform=transforms.Compose(steps))
         part = Subset(shifted, range(len(data)))
-        self.loader = DataLoader(part, batch, shuffle=True, num_workers=workers)
+        how = dict(num_workers=workers, persistent_workers=workers > 0)
+        how |= dict(pin_memory=device.type == "cuda")
+        self.loader = DataLoader(part, batch, shuffle=True, **how)
         self.data = data.to(device)
 
     def train(self):
