@@ -287,6 +287,15 @@ def test_image_of_fewer_pixels_is_refused(small, size):
         net.CapsNet(image_size=size)
 
 
+@pytest.mark.parametrize("model", [net.CapsNet, net.BaselineCNN, net.MultiBaselineCNN])
+def test_weights_of_convolutions_lie_channels_last(model):
+    with torch.device("meta"):
+        layers = model(in_channels=3).modules()
+    weights = [layer.weight for layer in layers if isinstance(layer, torch.nn.Conv2d)]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
 def test_gradients_reach_every_parameter():
     model, images, labels = tiny(), tiny_images(), LABELS
     model.losses(model(images, labels), images.unsqueeze(1), labels)[0].sum().backward()
