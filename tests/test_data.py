@@ -96,6 +96,12 @@ def test_seed_and_epoch_alone_decide_what_is_drawn():
     assert same([first], [net.draw_epoch(data(100), seed=3, epoch=7)])
 
 
+def test_a_seed_draws_what_it_drew_for_the_results():
+    members, shifts = net.draw_epoch(data(100), seed=1, epoch=0)
+    assert members[:5].tolist() == [[94], [37], [21], [75], [82]]
+    assert shifts[:3].tolist() == [[[1, -2]], [[-2, 1]], [[2, -2]]]
+
+
 def test_drawing_an_epoch_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     net.draw_epoch(data(100), seed=3, epoch=7)

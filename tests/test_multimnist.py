@@ -124,6 +124,12 @@ def test_digits_of_an_image_are_shifted_independently():
     assert same == pytest.approx(60_000 / 81, abs=5 * math.sqrt(60_000 / 81))
 
 
+def test_pairs_for_testing_are_those_that_the_results_were_measured_on():
+    members, shifts = net.draw_test(digits(torch.arange(100) % 10))
+    assert members[:5].tolist() == [[0, 54], [1, 64], [2, 76], [82, 3], [90, 4]]
+    assert shifts[:2].tolist() == [[[4, 4], [2, -1]], [[-2, 0], [-4, 4]]]
+
+
 def test_pairs_are_drawn_on_the_cpu_wherever_the_data_are():
     data = many(50)
     images, labels = data.tensors
