@@ -153,10 +153,10 @@ def turned(digit, seed):
     return image
 
 
-def with_speck(digit, seed):
-    """A small digit and a speck of 2 x 2 pixels, far from it."""
+def with_speck(digit, seed, side=2):
+    """A small digit and a speck of side x side pixels, far from it."""
     image = draw(digit, seed, side=200, height=0.2, pen=0.1)
-    ImageDraw.Draw(image).rectangle((15, 170, 16, 171), fill="black")
+    ImageDraw.Draw(image).rectangle((15, 170, 14 + side, 169 + side), fill="black")
     return image
 
 

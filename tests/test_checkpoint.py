@@ -16,6 +16,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+import zlib
 from functools import partial
 from types import SimpleNamespace
 
@@ -504,6 +505,12 @@ def test_other_training_data_are_refused_on_resume(trained, tmp_path, capsys, co
     changed.write_bytes(changed.read_bytes()[:-1] + bytes([last]))
     said = refusal(capsys, "--resume", trained, "--data-dir", data, "--epochs 4")
     assert "training data" in said
+
+
+def test_training_data_are_known_by_their_crc_32(finished, fashion):
+    images, labels = net.load_data("FashionMNIST", fashion, train=True).tensors
+    content = labels.numpy().tobytes() + images.numpy().tobytes()
+    assert checkpoint(finished)["data_sum"] == zlib.crc32(content)
 
 
 def test_resume_takes_a_checkpoint_of_any_name(trained, fashion, tmp_path):

@@ -227,8 +227,9 @@ def test_validation_trains_on_the_other_images(train, capsys):
     assert "54 training and 10 valid images" in shown(capsys, "data")
 
 
-def test_validation_may_hold_classes_that_are_not_trained(train):
-    assert checkpoint(train("--validation 63"))["args"]["num_classes"] == 10
+@pytest.mark.parametrize("validation", ["1", "63"])
+def test_classes_are_those_of_all_training_images(train, validation):
+    assert checkpoint(train("--validation", validation))["args"]["num_classes"] == 10
 
 
 def test_validation_is_logged_as_such(train):
@@ -498,6 +499,16 @@ def test_evaluate_prints_the_wrong_count_of_the_last_epoch(train, fashion, capsy
     capsys.readouterr()
     assert main("--evaluate", folder, "--data-dir", fashion) == 0
     assert f"({wrong} wrong)" in shown(capsys, "result")
+
+
+def test_evaluate_shows_the_images_it_tests_on(trained, fashion, capsys):
+    assert main("--evaluate", trained, "--data-dir", fashion) == 0
+    assert shown(capsys, "data") == "FashionMNIST: 40 test images of 1 x 28 x 28"
+
+
+def test_resume_shows_where_it_goes_on(trained, fashion, capsys):
+    assert main("--resume", trained, "--data-dir", fashion, "--epochs 2") == 0
+    assert shown(capsys, "run") == f"{trained}, from epoch 2, step 4"
 
 
 def test_evaluate_changes_nothing_in_the_run_folder(trained, fashion):
@@ -875,8 +886,10 @@ def test_result_that_is_not_in_table_1_stands_alone(capsys, changes):
     assert "Table 1" not in result(capsys, **changes)
 
 
-def test_headline_stands_beside_the_earlier_implementation(capsys):
-    assert "99.65%" in result(capsys, with_reconstruction=True)
+@pytest.mark.parametrize(("changes", "_"), TABLE_1, ids=str)
+def test_headline_alone_stands_beside_the_earlier_implementation(capsys, changes, _):
+    is_headline = changes == {"with_reconstruction": True}
+    assert ("99.65%" in result(capsys, **changes)) == is_headline
 
 
 @pytest.mark.parametrize(("data_dir", "no_cuda"), [("data", False), ("my data", True)])

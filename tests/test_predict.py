@@ -122,13 +122,14 @@ def test_proportions_are_kept(file):
     assert box(net.read_image(file, 1, 28)) == (10, 20)
 
 
-def test_digit_that_is_heavy_on_one_side_stays_whole(file):
+@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+def test_digit_that_is_heavy_on_one_side_stays_whole(file, turn):
     image = Image.new("L", (200, 200))
     canvas = ImageDraw.Draw(image)
     canvas.rectangle((60, 20, 139, 59), fill="white")
     canvas.rectangle((98, 60, 101, 179), fill="white")  # 160 high, 80 wide
-    image.save(file)
-    assert box(net.read_image(file, 1, 28)) == (20, 10)
+    image.rotate(turn).save(file)
+    assert box(net.read_image(file, 1, 28)) == ((20, 10) if turn in (0, 180) else (10, 20))
 
 
 def test_line_one_pixel_wide_survives(file):
@@ -152,6 +153,12 @@ def test_colour_image_is_only_scaled(file):
 @pytest.mark.parametrize("colour", ["black", "grey", "white"])
 def test_empty_image_is_refused_by_name(file, colour):
     Image.new("L", (50, 50), colour).save(file)
+    with pytest.raises(net.Failure, match="digit.png is empty"):
+        net.read_image(file, 1, 28)
+
+
+def test_photo_of_blank_paper_is_refused_by_name(file):
+    drawings.photo(Image.new("RGB", (400, 400), "#d8d8d4"), None, 8).save(file)
     with pytest.raises(net.Failure, match="digit.png is empty"):
         net.read_image(file, 1, 28)
 
@@ -267,9 +274,24 @@ def test_frame_is_no_ink(file):
     assert difference(read(drawings.framed(4, seed=1), file), alone) < 0.01
 
 
-def test_speck_is_no_ink(file):
+@pytest.mark.parametrize("side", [2, 4])
+def test_speck_is_no_ink(file, side):
     alone = read(drawings.draw(4, seed=1, side=200, height=0.2, pen=0.1), file)
-    assert difference(read(drawings.with_speck(4, seed=1), file), alone) < 0.01
+    assert difference(read(drawings.with_speck(4, seed=1, side=side), file), alone) < 0.01
+
+
+def test_phone_held_sideways_makes_no_difference(file):
+    upright = read(drawings.draw(4, seed=1), file)
+    assert torch.equal(read(drawings.turned(4, seed=1), file), upright)
+
+
+def test_stroke_that_reaches_into_the_rest_stays():
+    image = Image.new("L", (200, 200), "white")
+    canvas = ImageDraw.Draw(image)
+    canvas.line((60, 60, 60, 160, 140, 160), fill="black", width=10)
+    canvas.line((90, 40, 140, 120), fill="black", width=10)  # into the corner of the other
+    ink = net.find_ink(image)
+    assert torch.equal(net.find_digits(ink, digits_per_image=1), ink > 0.5)
 
 
 # ---- What is said of it ----------------------------------------------------------------------
@@ -345,17 +367,22 @@ def test_refused_image_gives_exit_status_1(said, file, four):
     assert said("missing.png", file)[2] == 1
 
 
-def two_digits(file):
-    """A 1 and a 7 side by side."""
+def two_digits(file, second=240):
+    """A 1 and a 7 side by side; the 7 on a square of `second` pixels, the 1 on one of 240."""
     image = Image.new("RGB", (440, 400), "white")
-    for digit, corner in ((1, (0, 40)), (7, (200, 60))):
-        image.paste(drawings.draw(digit, seed=1, side=240), corner)
+    for digit, side, corner in ((1, 240, (0, 40)), (7, second, (200, 60))):
+        image.paste(drawings.draw(digit, seed=1, side=side), corner)
     image.save(file)
 
 
 def test_two_digits_are_warned_of(said, file):
     two_digits(file)
     assert "two digits?" in said()[0]
+
+
+def test_parts_of_different_heights_are_not_taken_for_two(said, file):
+    two_digits(file, second=120)
+    assert "two digits?" not in said()[0]
 
 
 def test_two_parts_are_no_two_digits_in_other_data_sets(said, file):
