@@ -110,17 +110,34 @@ def test_exit_status_is_128_and_the_signal(train, interrupt, number, status):
     train(status=status)
 
 
+def test_signal_is_answered_at_once(train, interrupt, capfd):
+    interrupt("train_step", 2, signal.SIGINT)
+    train(status=130)
+    assert "finishing the step, then saving" in capfd.readouterr().err
+
+
 def test_signal_saves_in_mid_epoch(train, interrupt):
     interrupt("train_step", 6, signal.SIGTERM)
     saved = checkpoint(train(THREE_EPOCHS, status=143))
-    assert (saved["epoch"], saved["step"], saved["totals"]["images"]) == (1, 6, 32)
+    totals = saved["totals"]
+    assert (saved["epoch"], saved["step"], totals["images"]) == (1, 6, 32)
+    total = totals["margin_loss"] + 0.0005 * totals["reconstruction_loss"]
+    assert totals["loss"] == pytest.approx(total)
+
+
+# Nobody reads the output any longer; or it is a file on a disk that is full.
+each_end_of_output = pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
 
 
 class Closed(io.StringIO):
-    """An output that nobody reads any longer."""
+    """An output that takes nothing any longer."""
+
+    def __init__(self, number=errno.EPIPE):
+        super().__init__()
+        self.error = OSError(number, os.strerror(number))
 
     def write(self, text):
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        raise self.error
 
 
 def test_signal_saves_though_it_ended_the_reader_of_the_output_too(
@@ -139,12 +156,13 @@ def test_signal_saves_though_it_ended_the_reader_of_the_output_too(
     assert f"go on with: python net.py --resume {folder}" in capsys.readouterr().err
 
 
-def test_closed_output_saves_the_steps_that_were_done(train, monkeypatch, capsys):
+@each_end_of_output
+def test_closed_output_saves_the_steps_that_were_done(train, monkeypatch, capsys, number):
     steps, original = itertools.count(1), net.train_step
 
     def train_step(*args):
         if next(steps) == 6:
-            monkeypatch.setattr(sys, "stdout", Closed())
+            monkeypatch.setattr(sys, "stdout", Closed(number))
         return original(*args)
 
     monkeypatch.setattr(net, "train_step", train_step)
@@ -171,9 +189,10 @@ def test_out_of_memory_in_the_test_loses_no_training(train, small_memory, fashio
     assert outcome(stopped) == outcome(whole)
 
 
-def test_signal_saves_though_nobody_reads_the_errors(train, interrupt, monkeypatch):
+@each_end_of_output
+def test_signal_saves_though_nobody_reads_the_errors(train, interrupt, monkeypatch, number):
     def write(*args):
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "write", write)
     interrupt("train_step", 6, signal.SIGTERM)
@@ -371,7 +390,7 @@ def test_checkpoint_of_a_gpu_is_read_onto_the_cpu(trained, monkeypatch):
 def test_start_notes_the_commit_of_net_py_wherever_it_is_called(tmp_path, monkeypatch):
     git = ["git", "-c", "user.name=x", "-c", "user.email=x"]
     (tmp_path / "net.py").write_text("one")
-    for words in ("init", "add .", "commit -m x"):
+    for words in ("init", "add .", "commit -m x", "tag -a v1 -m x"):
         subprocess.run([*git, *words.split()], cwd=tmp_path, check=True, capture_output=True)
     monkeypatch.setattr(net, "__file__", str(tmp_path / "net.py"))
     assert re.fullmatch("[0-9a-f]{40}", net.environment(torch.device("cpu"))["commit"])
@@ -393,10 +412,18 @@ def test_start_is_noted_where_git_complains_in_another_encoding(monkeypatch, tmp
     assert net.environment(torch.device("cpu"))["commit"] is None
 
 
+def test_hardware_is_the_cpu_s_name_and_the_threads_in_use(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Ours"})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert net.environment(torch.device("cpu"))["hardware"] == "Ours, 3 threads"
+
+
 def test_versions_are_those_of_their_packages():
-    versions = net.environment(torch.device("cpu"))["versions"]
-    assert versions["torch"] == torch.__version__
-    assert versions["torchvision"] == torchvision.__version__
+    assert net.environment(torch.device("cpu"))["versions"] == {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": sys.version.split()[0],
+    }
 
 
 @pytest.mark.parametrize("name", ["", "last.pt"])
@@ -432,6 +459,12 @@ def saved(value):
     return buffer.getvalue()
 
 
+def without(whole, part, name):
+    content = torch.load(io.BytesIO(whole), weights_only=True)
+    del content[part][name]
+    return saved(content)
+
+
 def another_model(whole):
     content = torch.load(io.BytesIO(whole), weights_only=True)
     return saved({**content, "args": {**content["args"], "num_classes": 7}})
@@ -449,6 +482,8 @@ NO_CHECKPOINT = {
     "a list": lambda whole: saved([1, 2]),
     "weights alone": lambda whole: saved(nn.Linear(2, 3).state_dict()),
     "another model": another_model,
+    "a weight less": lambda whole: without(whole, "model", "conv1.bias"),
+    "no image size": lambda whole: without(whole, "args", "image_size"),
 }
 
 
@@ -458,6 +493,13 @@ def test_file_that_is_no_checkpoint_is_refused(trained, damage):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(net.Failure, match=str(file)):
         net.load_checkpoint(file)
+
+
+def test_flag_that_an_older_checkpoint_does_not_know_is_as_by_default(trained):
+    file = trained / "last.pt"
+    file.write_bytes(without(file.read_bytes(), "args", "reconstruction_weight"))
+    model, _ = net.load_checkpoint(file)
+    assert model.reconstruction_weight == 0.0005
 
 
 def test_missing_checkpoint_is_refused(tmp_path):
@@ -649,7 +691,8 @@ def test_run_folder_that_cannot_be_written_is_refused(
 
     monkeypatch.setattr(net, "open", refuse, raising=False)
     train(status=1)
-    assert str(tmp_path / "run") in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(tmp_path / "run") in said and os.strerror(errno.EACCES) in said
 
 
 @pytest.mark.parametrize("content", ["", "{"])

@@ -1,8 +1,10 @@
 """Training and evaluation."""
 
+import io
 import math
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -343,6 +345,36 @@ def test_error_is_in_percent():
     assert net.averages(sums, "test")["test_error"] == 0.25
 
 
+# ---- Progress --------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """An output that is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_bar_on_a_terminal_shows_loss_and_place(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    progress = net.Progress("epoch 1/1", total=64, done=16)
+    progress.advance(16)
+    progress.report(0.5)
+    shown = str(progress.bar)
+    progress.bar.close()
+    assert shown.startswith("epoch 1/1  loss 0.5000  ") and shown.endswith(" 32/64")
+
+
+@pytest.mark.parametrize(("digits_per_image", "images"), [(1, 40), (2, 400)])
+def test_bar_of_a_test_counts_the_images_of_all_processes(
+    model, data, monkeypatch, spy, digits_per_image, images
+):
+    monkeypatch.setattr(net, "process_count", lambda: 2)
+    bars = spy(net.Progress, "advance", lambda _, bar, more: (bar.done, bar.bar.total))
+    net.evaluate(model, net.Digits(*data[1].tensors, digits_per_image), 10)
+    assert bars[-1] == (images, images)
+
+
 # ---- A loss that is not finite ---------------------------------------------------------------
 
 
@@ -396,8 +428,9 @@ def test_exploding_run_saves_nothing(train):
     assert not (train("--lr 1e30", status=1) / "last.pt").exists()
 
 
-def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(train):
+def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(train, capsys):
     assert not (train("--lr 1e30 --batch-size 64", status=1) / "last.pt").exists()
+    assert "at step 0 " in capsys.readouterr().err
 
 
 def test_exploding_run_says_that_a_lower_learning_rate_may_help(train, capsys):
