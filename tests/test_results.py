@@ -194,7 +194,7 @@ def test_worth_of_routing_and_of_reconstruction_is_that_of_the_rows():
     text = " ".join(section(README, "Results").split())
     said = r"Seed by seed, r = 1 changes .* by (\S+) points, no reconstruction by (\S+) "
     said += r"\(the paper: (\S+), (\S+)\); "
-    said += r"seeds differ by (\S+), a run's last ten epochs by up to (\S+):"
+    said += r"seeds differ by up to (\S+), a run's last ten epochs by (\S+):"
     rows = {row[0]: row for row, _ in README_ROWS}
     best = rows["CapsNet, r = 3, reconstruction"]
     others = [rows["CapsNet, r = 1, reconstruction"], rows["CapsNet, r = 3"]]
@@ -204,12 +204,12 @@ def test_worth_of_routing_and_of_reconstruction_is_that_of_the_rows():
         shared = [seed for seed in of_best if seed in errors]
         worth.append(statistics.mean(errors[seed] - of_best[seed] for seed in shared))
     worth += [float(row[1].split()[0]) - float(best[1].split()[0]) for row in others]
-    worth.append(spread(last_errors(best).values()))
     of_mnist = [row for row, _ in README_ROWS if "MultiMNIST" not in row[0]]
+    worth.append(max(spread(last_errors(row).values()) for row in of_mnist))
     histories = [history for row in of_mnist for _, _, history in runs_of(row).values()]
     worth.append(max(spread([e["test_error"] for e in log[-10:]]) for log in histories))
     numbers = re.search(said, text).groups()
-    assert [float(number) for number in numbers] == pytest.approx(worth)
+    assert [float(number) for number in numbers] == pytest.approx(worth, abs=5e-4)
 
 
 def test_best_epochs_are_those_of_the_logs():
