@@ -19,8 +19,10 @@ torch.set_num_threads(1)  # more threads wait for each other where cores are bus
 
 @pytest.fixture(autouse=True)
 def script(monkeypatch):
-    """What runs is called net.py, as in README's commands."""
+    """What runs is called net.py, as in README's commands, in a plain terminal of 80 columns."""
     monkeypatch.setattr(sys, "argv", ["net.py"])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("PYTHON_COLORS", "0")
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,16 @@ def draw(digit, seed, side=400, height=0.6, pen=0.08, ink="#202020", paper="whit
         canvas.line(points, fill=ink, width=width, joint="curve")
         if width > 2:  # round ends
             for x, y in (points[0], points[-1]):
-                canvas.circle((x, y), width / 2, fill=ink)
+                r = width / 2
+                canvas.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+    return image
+
+
+def two_digits(second=240):
+    """A 1 and a 7 side by side; the 7 on a square of `second` pixels, the 1 on one of 240."""
+    image = Image.new("RGB", (440, 400), "white")
+    for digit, side, corner in ((1, 240, (0, 40)), (7, second, (200, 60))):
+        image.paste(draw(digit, seed=1, side=side), corner)
     return image
 
 

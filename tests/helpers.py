@@ -1,4 +1,7 @@
-"""What several tests share: measures, records, small data and networks, commands, children."""
+"""What several tests share: texts, measures, small data and networks, commands, children.
+
+The tests need a system that forks processes: Linux or macOS.
+"""
 
 import itertools
 import json
@@ -19,9 +22,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import net
 
 REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+RESULTS = (REPOSITORY / "results" / "README.md").read_text(encoding="utf-8")
 TINY = {"conv_channels": 16, "primary_types": 4, "digit_dim": 8, "decoder_widths": (32, 64)}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def section(page, title):
+    """What stands in a page under a heading that begins like this."""
+    return page.split(f"\n## {title}")[1].split("\n## ")[0]
+
+
+def cells(line):
+    """The cells of a Markdown table's line."""
+    return [cell.strip(" *") for cell in line.strip("|").split("|")]
+
+
+def table(text):
+    """The lines of the first table in a text, in cells, without its head."""
+    lines = "\n".join(text.splitlines()).partition("\n|---")[2].splitlines()[1:]
+    return [cells(line) for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+
+
+def parameters(model, *args, **kwargs):
+    """How many numbers a model learns."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in model(*args, **kwargs).parameters())
 
 
 def relative_error(a, b):

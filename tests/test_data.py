@@ -64,11 +64,6 @@ def test_each_of_the_25_shifts_moves_the_image_and_fills_with_zeros(channels):
     assert torch.equal(net.random_shift(images, torch.tensor(SHIFTS)), torch.stack(expected))
 
 
-def test_shift_by_zero_leaves_the_image_as_it_is():
-    images = data().tensors[0]
-    assert torch.equal(net.random_shift(images, torch.zeros(10, 2, dtype=torch.int64)), images)
-
-
 # An epoch's order
 
 
@@ -126,13 +121,6 @@ def test_batches_follow_the_order():
     drawn = net.draw_epoch(data(), seed=1, epoch=0)
     labels = torch.cat([labels for *_, labels in net.batches(data(), 4, drawn)])
     assert torch.equal(labels, drawn[0])
-
-
-def test_image_stays_with_its_label():
-    images = data().tensors[0] / 255
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).unsqueeze(1)
-    for batch, _, labels in net.batches(data(), 4, (order, torch.zeros(10, 1, 2).long())):
-        assert torch.equal(batch, images[labels.squeeze(1)])
 
 
 def test_each_image_of_a_batch_has_its_own_shift():
@@ -199,9 +187,8 @@ def test_fashion_mnist_is_64_grey_images_of_10_classes(fashion):
     assert summary(net.load_data("FashionMNIST", fashion, train=True)) == expected
 
 
-def test_damaged_file_in_the_home_folder_is_seen(tmp_path, monkeypatch):
+def test_tilde_is_the_home_folder_in_the_check_of_files_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (file, *_) = (write_fashion(tmp_path) / "FashionMNIST" / "raw").glob("train-*")
     file.write_bytes(file.read_bytes() + b"more")
     with pytest.raises(net.Failure, match="damaged"):
@@ -246,7 +233,8 @@ def test_cifar10_keeps_its_colours_and_places(cifar):
 
 @pytest.mark.parametrize("name", net.DATASETS)
 def test_missing_data_are_named_with_reason_and_place(name, tmp_path, offline):
-    with pytest.raises(net.Failure, match=rf"(?s){name}.*no network.*Put .* into {tmp_path}"):
+    place = re.escape(str(tmp_path))
+    with pytest.raises(net.Failure, match=rf"(?s){name}.*no network.*Put .* into {place}"):
         net.load_data(name, tmp_path, train=True)
 
 
@@ -265,7 +253,7 @@ def test_files_that_torchvision_would_read_instead_are_refused(mnist, name):
     for file in ("training.pt", "test.pt"):  # as old versions of torchvision made them
         content = torch.zeros(7, 28, 28, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)
         torch.save(content, processed / file)
-    with pytest.raises(net.Failure, match=f"delete {processed}"):
+    with pytest.raises(net.Failure, match=re.escape(f"delete {processed}")):
         net.load_data(name, mnist.folder, train=True)
 
 
@@ -300,7 +288,7 @@ SOURCES = list(net.MNIST_SOURCES)
 def test_idx_file_cut_off_is_named(own, name, size):
     file = own / "FashionMNIST" / "raw" / name
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(net.Failure, match=str(file)):
+    with pytest.raises(net.Failure, match=re.escape(str(file))):
         net.load_splits("FashionMNIST", own)
 
 
@@ -308,7 +296,7 @@ def test_idx_file_cut_off_is_named(own, name, size):
 def test_page_of_a_web_server_in_place_of_an_idx_file_is_named(own, name):
     file = own / "FashionMNIST" / "raw" / name
     file.write_bytes(b"<!DOCTYPE html><title>Please log in</title>")
-    with pytest.raises(net.Failure, match=str(file)):
+    with pytest.raises(net.Failure, match=re.escape(str(file))):
         net.load_splits("FashionMNIST", own)
 
 
@@ -316,14 +304,14 @@ def test_page_of_a_web_server_in_place_of_an_idx_file_is_named(own, name):
 def test_file_that_cannot_be_read_is_named(tmp_path, name):
     file = tmp_path / name / "raw" / "t10k-images-idx3-ubyte"
     file.mkdir(parents=True)
-    with pytest.raises(net.Failure, match=str(file)):
+    with pytest.raises(net.Failure, match=re.escape(str(file))):
         net.load_data(name, tmp_path, train=False)
 
 
 def test_labels_of_other_images_are_refused(own):
     raw = own / "FashionMNIST" / "raw"
     shutil.copy(raw / "t10k-labels-idx1-ubyte", raw / "train-labels-idx1-ubyte")
-    with pytest.raises(net.Failure, match=str(raw)):
+    with pytest.raises(net.Failure, match=re.escape(str(raw))):
         net.load_data("FashionMNIST", own, train=True)
 
 
@@ -454,7 +442,8 @@ def test_damaged_mnist_file_is_fetched_again(mnist):
 def test_damaged_mnist_file_that_cannot_be_fetched_is_named(mnist):
     mnist.write(damage(mnist.good))
     mnist.come_from(DOWN, DOWN)
-    with pytest.raises(net.Failure, match=str(mnist.raw / "t10k-images-idx3-ubyte") + ".*SHA-256"):
+    name = re.escape(str(mnist.raw / "t10k-images-idx3-ubyte"))
+    with pytest.raises(net.Failure, match=f"{name}.*SHA-256"):
         mnist.load()
 
 

@@ -9,7 +9,6 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import (
     REPOSITORY,
     TINY,
@@ -74,7 +73,7 @@ def one_of_two(rank, folder):
 def trained_by_two(tmp_path_factory):
     """The parameters that each of two processes has, in every case."""
     folder = tmp_path_factory.mktemp("two")
-    mp.start_processes(one_of_two, (folder,), nprocs=2, start_method="forkserver")
+    assert finish(*(fork(one_of_two, rank, folder) for rank in range(2))) == [0, 0]
     return [torch.load(folder / f"result{rank}") for rank in range(2)]
 
 

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from helpers import leaf, normal, relative_error
+from helpers import leaf, normal, parameters, relative_error
 
 import net
 
@@ -26,12 +26,6 @@ def tiny(**changes):
 
 def tiny_images(count=B):
     return torch.rand(count, C, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def parameters(model, *args, **kwargs):
-    """How many numbers a model learns."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in model(*args, **kwargs).parameters())
 
 
 def test_paper_has_8215568_parameters():
@@ -70,8 +64,8 @@ def test_primary_capsule_is_squashed_from_consecutive_channels_at_one_place():
         for column in range(GRID)
         for t in range(TYPES)
     ]
-    expected = torch.tensor(expected).double().view(B, CHILDREN, D)
-    assert relative_error(layer(features), expected) < 1e-6
+    expected = torch.tensor(expected, dtype=torch.float64).view(B, CHILDREN, D)
+    assert relative_error(layer(features), expected) < 1e-9
 
 
 def test_features_that_one_place_sees_change_only_the_capsules_of_this_place():
@@ -152,10 +146,6 @@ def test_reconstruction_trains_the_layers_below():
     assert all(p.grad is not None and p.grad.any() for layer in below for p in layer.parameters())
 
 
-def test_reconstruction_has_the_shape_of_the_images():
-    assert tiny()(tiny_images()).reconstruction.shape == (B, 1, C, SIZE, SIZE)
-
-
 def test_reconstruction_lies_between_0_and_1():
     model = tiny()
     with torch.no_grad():
@@ -232,10 +222,6 @@ def test_total_loss_without_a_decoder_is_the_margin_loss():
 # Fig. 4
 
 CAPSULES, DELTAS = normal(J, E), torch.arange(-5, 6) * 0.05
-
-
-def test_perturbation_by_zero_leaves_the_capsules_as_they_are():
-    assert torch.equal(net.perturb(CAPSULES, 4, DELTAS)[:, 5], CAPSULES.expand(E, J, E))
 
 
 def test_perturbation_is_added_to_one_number_at_a_time():

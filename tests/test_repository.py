@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, finish, fork, main, print_to
+from helpers import README, REPOSITORY, finish, fork, main, print_to, section, table
+from helpers import RESULTS as LIST
 
 import net
 
 SOURCE = (REPOSITORY / "net.py").read_text()
-README = (REPOSITORY / "README.md").read_text()
-LIST = (REPOSITORY / "results" / "README.md").read_text()
 TREE = ast.parse(SOURCE)
 BANNER = re.compile(r"^# ---- (.*?) -+$", re.MULTILINE)
 WIDE = re.compile(r"[|!]|.*\]\(https?:")  # a line of a table, a picture, a long address
@@ -56,17 +55,6 @@ def test_string_with_values_is_one_token_in_every_python():
     assert code_tokens("x = f'a{f\"{1 + 2}\"}b{3!r:>4}' + 'c'\n") == 5
 
 
-def section(title):
-    """What stands in README under a heading that begins like this."""
-    return README.split(f"\n## {title}")[1].split("\n## ")[0]
-
-
-def lines_of_table(text):
-    """The lines of a table, in cells, without its head."""
-    lines = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line] for line in lines[1:]]
-
-
 def test_readme_has_at_most_260_lines():
     assert len(README.splitlines()) <= 260
 
@@ -86,8 +74,9 @@ def test_link_in_readme_leads_somewhere(place):
     file, _, anchor = place.partition("#")
     target = REPOSITORY / (file or "README.md")
     assert target.exists()
-    titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
-    assert anchor in ["", *(re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles)]
+    if anchor:
+        titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
 
 
 def test_function_has_at_most_50_lines():
@@ -161,23 +150,23 @@ def test_readme_names_the_sections_in_their_order():
 
 
 def test_choices_in_the_code_equal_the_rows_of_the_readme():
-    rows = [int(line[0]) for line in lines_of_table(section("Choices"))]
+    rows = [int(line[0]) for line in table(section(README, "Choices"))]
     marks = {int(n) for n in re.findall(r"CHOICE (\d+)", SOURCE)}
     assert rows == sorted(marks) == list(range(1, len(rows) + 1))
 
 
 def test_words_of_a_choice_in_the_code_are_those_of_the_readme():
-    words = {line[0]: line[1] for line in lines_of_table(section("Choices"))}
+    words = {line[0]: line[1] for line in table(section(README, "Choices"))}
     marks = re.findall(r"CHOICE (\d+): (.+)", SOURCE)
     assert [(n, said) for n, said in marks if said != words[n]] == []
 
 
 def test_cell_of_a_choice_has_at_most_20_words():
-    cells = [cell for line in lines_of_table(section("Choices")) for cell in line]
+    cells = [cell for line in table(section(README, "Choices")) for cell in line]
     assert [cell for cell in cells if len(cell.split()) > 20] == []
 
 
-@pytest.mark.parametrize("line", lines_of_table(section("A guided tour")), ids=lambda line: line[0])
+@pytest.mark.parametrize("line", table(section(README, "A guided tour")), ids=lambda line: line[0])
 def test_names_in_the_tour_are_defined_in_their_section(line):
     _, _, rest = SOURCE.partition(f"# ---- {line[0]} -")
     code = re.split(r"^# ---- ", rest, maxsplit=1, flags=re.MULTILINE)[0]
@@ -191,7 +180,7 @@ def test_public_definition_has_a_docstring(definition):
     assert definition.name.startswith("_") or nested or ast.get_docstring(definition)
 
 
-@pytest.mark.parametrize("line", lines_of_table(section("Fidelity")), ids=lambda line: line[0])
+@pytest.mark.parametrize("line", table(section(README, "Fidelity")), ids=lambda line: line[0])
 def test_code_of_the_fidelity_table_is_used_in_the_files_that_it_names(line):
     names, files = (re.findall("`([^`]+)`", cell) for cell in line[1:])
     tests = [(REPOSITORY / "tests" / file).read_text() for file in files]

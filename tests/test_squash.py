@@ -53,12 +53,7 @@ def test_direction_is_kept():
     assert relative_error(cosines, torch.ones(5)) < 1e-9
 
 
-def test_last_dimension_is_the_default():
-    s = normal(2, 3, 4)
-    assert torch.equal(net.squash(s), net.squash(s, dim=2))
-
-
-def test_any_dimension_can_hold_the_vectors():
+def test_any_dimension_can_hold_the_vectors_the_last_by_default():
     s = normal(2, 3, 4)
     expected = net.squash(s.movedim(1, -1)).movedim(-1, 1)
     assert relative_error(net.squash(s, dim=1), expected) < 1e-9
