@@ -161,8 +161,9 @@ def spectral_conv2d(images, weight, stride):
     over phases and channels: a product of matrices. That convolution wraps around after
     P = M + T - 1 places, but what wraps falls on T - 1 results that are dropped. Spectra of real
     numbers are known from half of the frequencies. For PrimaryCaps that makes 52 frequencies x 4
-    phases x 3 real products = 624 multiplications for each pair of channels, instead of 36 places x
-    81 taps = 2916. Zlateski et al., arXiv 1809.07851, show why this is fast on a CPU.
+    phases x 3 real products = 624 multiplications for each pair of channels (and some 390 for the
+    transforms, with 128 images) instead of 36 places x 81 taps = 2916. Zlateski et al., arXiv
+    1809.07851, show why this is fast on a CPU.
     """
     B, O = images.shape[0], weight.shape[3]
     S = stride**2 * weight.shape[2]  # what is summed over: phases and channels
@@ -212,7 +213,7 @@ class PrimaryCaps(nn.Module):
 
     One capsule is `dim` channels at one place of the grid, never neighbouring places. `weight`
     (Q, Q, C, types*D) is nn.Conv2d's with its taps first, as spectral_conv2d cuts them into phases.
-    It lies so in memory too, as its gradient does: Adam copies what does not, in each step.
+    It lies so in memory, as its gradient does: Adam would copy what does not, in each step.
     """
 
     def __init__(self, in_channels=256, types=32, dim=8, kernel_size=9, stride=2):
@@ -439,9 +440,9 @@ PAIRS = 10  # partners over which each digit of the test set is shown
 
 
 class Digits(TensorDataset):
-    """Digits, of which each image shows one (Sec. 5) or two, one over the other (Sec. 6).
+    """Single digits; an image shows one of them (Sec. 5) or two, one over the other (Sec. 6).
 
-    images (N, C, H, W) uint8, labels (N,) int64; H x W leaves room for two digits to be shifted.
+    images (N, C, H, W) uint8, labels (N,) int64. If two are shown, H x W has room for their shifts.
     """
 
     def __init__(self, images, labels, digits_per_image=1):
@@ -461,7 +462,7 @@ def seed_from(*key):
 def draw_partners(labels, chosen, generator):
     """For each chosen digit one of another class (Sec. 6), all of them equally likely.
 
-    labels (N,), chosen (M,) -> (M,), both places in labels.
+    labels (N,), chosen (M,) -> (M,); chosen and the result are indices into labels.
     """
     sizes = labels.bincount()
     own = labels[chosen]
@@ -520,8 +521,8 @@ def random_shift(images, shifts):
 def batches(data, batch_size, drawn=None, first=0):
     """Yield images (B, C, H, W), their digits (B, K, C, H, W) and labels (B, K).
 
-    Pixels are in [0, 1]. The digits are shifted and whole: what is to be reconstructed. `drawn` is
-    draw_epoch's; without it, the images are draw_test's.
+    Pixels are in [0, 1]. The digits are shifted, but not overlaid: what is to be reconstructed.
+    `drawn` is draw_epoch's, by default draw_test's; `first` is the batch to begin with.
     """
     images, labels = data.tensors
     members, shifts = (part.to(images.device) for part in drawn or draw_test(data))
@@ -564,7 +565,7 @@ def process_count():
 
 
 def over_processes(tensor, operation=dist.ReduceOp.SUM):
-    """A tensor's sum (or maximum) over all processes, which must all ask."""
+    """A tensor's sum (or maximum) over all processes, which must all call this."""
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor
@@ -759,7 +760,7 @@ def load_checkpoint(file):
     except Exception as error:  # torch.load raises many kinds
         raise Failure(unsafe) from error
     try:
-        args = build_parser().parse_args([])  # what an older file does not tell is as by default
+        args = build_parser().parse_args([])  # for what an older file lacks
         vars(args).update(checkpoint["args"])
         model = make_model(args)
         model.load_state_dict(checkpoint["model"])
@@ -943,7 +944,7 @@ class Stop:
             os.write(2, b"\nfinishing the step, then saving; once more ends at once\n")
 
     def agreed(self):
-        """The signal that came to any of the processes, which must all ask, or 0."""
+        """The signal that came to any of the processes, which must all call this, or 0."""
         return int(over_processes(torch.tensor(self.signal), dist.ReduceOp.MAX))
 
     def __exit__(self, *_):
