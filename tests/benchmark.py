@@ -2,22 +2,25 @@
 
     python tests/benchmark.py                                  on MNIST in data/
     python tests/benchmark.py --rounds 9 --json FILE           longer, results kept
-    python tests/benchmark.py --steps 100                      on a GPU, where a step is short
 
-"direct" is net.py with PyTorch's own convolution in place of that by spectra (on a CPU). The plain
-version is what most implementations do, done with care: float32, eager, NCHW, that convolution,
-every u_hat made and kept (by one batched product, without copies of W), Adam as it comes, and a
-DataLoader that shifts PIL images one by one. Every contestant has a process of its own, and they
-take turns, one at a time, so that a noisy machine disturbs all alike; the medians' ratios count.
-The clock covers the whole training loop (data, forward, backward, Adam) but for the loading of the
-files and the first round, which holds the compilation.
+It needs Linux or macOS. "direct" is net.py with PyTorch's own convolution in place of that by
+spectra (on a CPU). The plain version is what most implementations do, done with care: float32,
+eager, NCHW, that convolution, every u_hat made and kept (by one batched product, without copies of
+W), Adam as it comes, and a DataLoader that shifts PIL images one by one. Every contestant has a
+process of its own, and they take turns, one at a time, in a round forwards and in the next one
+back, so that a noisy machine disturbs all alike; the medians' ratios count. The clock covers the
+whole training loop (data, forward, backward, Adam), or a test of 1,000 images, but for the loading
+of the files and the first two rounds, which hold the compilation.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
+import os
 import resource
+import shutil
 import statistics
 import sys
 import time
@@ -33,6 +36,8 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import net
 
+WARM_UP = 2  # rounds
+TESTED = 1000  # images
 NEVER = Namespace(signal=0, agreed=lambda: 0)
 
 
@@ -53,12 +58,12 @@ class PlainDigitCaps(net.DigitCaps):
 class Ours:
     """net.py's own training loop."""
 
-    def __init__(self, device, data, batch, r, precision, compile):
+    def __init__(self, device, data, tested, batch, r, precision, compile):
         net.keep_freed_memory()
         arguments = dict(lr=1e-3, lr_decay=0.05, warm_up=100, epochs=1, seed=1, log_interval=10**9)
         options = dict(batch_size=batch, precision=precision, compile=compile)
         model = net.CapsNet(routing_iterations=r, with_reconstruction=True).to(device)
-        self.data = data.to(device)
+        self.data, self.tested = data.to(device), tested.to(device)
         steps = -(-len(data) // batch)
         self.run = net.Run(Path("unused"), Namespace(**arguments, **options), model, steps)
 
@@ -67,7 +72,7 @@ class Ours:
         net.train_epoch(self.run, self.data, NEVER)
 
     def test(self):
-        net.evaluate(self.run.model, self.data, 1000).tolist()
+        net.evaluate(self.run.model, self.tested, TESTED).tolist()
 
     def load(self):
         for _ in net.batches(self.data, self.run.args.batch_size, net.draw_epoch(self.data, 1, 0)):
@@ -88,8 +93,9 @@ def lay_as_conv2d(primary_caps, memory_format):
 class Plain:
     """The plain version."""
 
-    def __init__(self, device, data, batch, r, folder, workers=0):
+    def __init__(self, device, data, tested, batch, r, folder, workers=0):
         self.device = device
+        self.tested = tested.to(device)
         net.spectral_conv2d = direct_conv2d
         self.model = net.CapsNet(routing_iterations=r, with_reconstruction=True)
         self.model.digit_caps.__class__ = PlainDigitCaps
@@ -102,12 +108,12 @@ class Plain:
         how = dict(num_workers=workers, persistent_workers=workers > 0)
         how |= dict(pin_memory=device.type == "cuda")
         self.loader = DataLoader(part, batch, shuffle=True, **how)
-        self.data = data.to(device)
 
     def train(self):
         self.model.train()
         for images, labels in self.loader:
-            images, labels = images.to(self.device), labels.to(self.device).unsqueeze(1)
+            images = images.to(self.device, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True).unsqueeze(1)
             output = self.model(images, labels)
             loss = self.model.losses(output, images.unsqueeze(1), labels)[0].mean()
             self.optimizer.zero_grad()
@@ -116,14 +122,14 @@ class Plain:
         loss.item()
 
     def test(self):
-        net.evaluate(self.model, self.data, 1000).tolist()
+        net.evaluate(self.model, self.tested, TESTED).tolist()
 
     def load(self):
         for _ in self.loader:
             pass
 
 
-def make(name, device, data, batch, r, folder):
+def make(name, device, data, tested, batch, r, folder):
     """The contestant of this name."""
     torch.manual_seed(1)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = "TF32" in name
@@ -131,10 +137,11 @@ def make(name, device, data, batch, r, folder):
     if "memory kept" in name:  # what Ours always does
         net.keep_freed_memory()
     if name.startswith("plain"):
-        return Plain(device, data, batch, r, folder, workers=8 if "workers" in name else 0)
+        workers = 8 if "workers" in name else 0
+        return Plain(device, data, tested, batch, r, folder, workers)
     if "direct" in name:
         net.spectral_conv2d = direct_conv2d
-    ours = Ours(device, data, batch, r, name.split()[0], "compile" in name)
+    ours = Ours(device, data, tested, batch, r, name.split()[0], "compile" in name)
     if "direct" in name:
         lay_as_conv2d(ours.run.model.primary_caps, torch.channels_last)
     return ours
@@ -142,17 +149,22 @@ def make(name, device, data, batch, r, folder):
 
 def serve(pipe, name, device, count, batch, r, folder):
     """In a process of its own: do what the pipe says, answer with (seconds, MiB at the peak)."""
-    data = net.Digits(*net.load_data("MNIST", folder, train=True)[:count])
-    contestant = make(name, device, data, batch, r, folder)
+    digits = net.load_data("MNIST", folder, train=True)
+    data, tested = net.Digits(*digits[:count]), net.Digits(*digits[:TESTED])
+    contestant = make(name, device, data, tested, batch, r, folder)
+    pipe.send("ready")
     while action := pipe.recv():
         started = time.perf_counter()
         getattr(contestant, action)()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = torch.cuda.max_memory_allocated() // 1024 if device.type == "cuda" else kib
-        pipe.send((seconds, peak // 1024))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if sys.platform != "darwin":
+            peak *= 1024  # macOS tells bytes, Linux KiB
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        pipe.send((seconds, peak // 2**20))
 
 
 class Contestant:
@@ -164,6 +176,7 @@ class Contestant:
         self.process = context.Process(target=serve, args=(theirs, *description))
         self.process.start()
         theirs.close()
+        self.pipe.recv()  # it is ready
 
     def do(self, action):
         """(seconds, MiB at the peak so far)."""
@@ -179,17 +192,19 @@ class Contestant:
 
 
 def race(contestants, action, rounds):
-    """{name: [seconds, ...]} of contestants that take turns; the first is the warm-up."""
+    """{name: [seconds, ...]} of contestants that take turns, with those of the warm-up."""
     times = {name: [] for name in contestants}
-    for _ in range(rounds + 1):
-        for name, contestant in contestants.items():
-            times[name].append(contestant.do(action)[0])
+    order = list(contestants)
+    for _ in range(WARM_UP + rounds):
+        for name in order:
+            times[name].append(contestants[name].do(action)[0])
+        order.reverse()
     return times
 
 
 def table(rows):
     """The results as Markdown, each beside the first, the plain version."""
-    lines = ["| what | batch | r | version | ms | times plain | first ms |", "|" + "---|" * 7]
+    lines = ["| what | batch | r | version | ms | times as fast | first ms |", "|" + "---|" * 7]
     for row in rows:
         lines.append(
             f"| {row['what']} | {row['batch']} | {row['r']} | {row['name']} | {row['ms']:.0f} "
@@ -202,7 +217,7 @@ def main():
     parser = argparse.ArgumentParser(description="time and memory beside a plain version")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="training steps in a turn")
+    parser.add_argument("--steps", type=int, help="training steps in a turn (4; on a GPU 100)")
     parser.add_argument("--batches", type=int, nargs="+", default=[128])
     parser.add_argument("--r", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--names", nargs="+", help="which versions (all without it)")
@@ -211,13 +226,16 @@ def main():
     args = parser.parse_args()
     cuda = torch.cuda.is_available() and not args.no_cuda
     device = torch.device("cuda" if cuda else "cpu")
+    args.steps = args.steps or (100 if cuda else 4)
     net.load_data("MNIST", args.data_dir, train=True)  # fetched once, before all
     others = ["8 workers", "TF32, 8 workers"] if cuda else ["memory kept"]
     names = ["plain", *(f"plain, {other}" for other in others)]
     for precision in ["fp32"] + ["bf16"] * net.has_bf16(device):
         if not cuda:
             names += [f"{precision} direct"]
-        names += [precision, f"{precision} compile"]
+        names += [precision]
+        if cuda or shutil.which(os.environ.get("CXX", "g++")):
+            names += [f"{precision} compile"]
     names = args.names or names
     found = {**net.environment(device), "rounds": args.rounds, "steps": args.steps}
     rows, peaks = [], []
@@ -228,32 +246,37 @@ def main():
         if args.json:
             Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 
-    for batch in args.batches:
-        racers = {}
+    for batch, r in itertools.product(args.batches, args.r):
         with contextlib.ExitStack() as stack:
-            for r in args.r:
-                for name in names:
-                    what = (name, device, args.steps * batch, batch, r, args.data_dir)
-                    racers[r, name] = stack.enter_context(Contestant(*what))
+            racers = {}
+            for name in names:
+                what = (name, device, args.steps * batch, batch, r, args.data_dir)
+                racers[name] = stack.enter_context(Contestant(*what))
             for action in ("train", "test", "load"):
                 times = race(racers, action, args.rounds)
-                unit = 1000 / (1 if action == "test" else args.steps)
-                medians = {key: statistics.median(taken[1:]) for key, taken in times.items()}
+                images, unit = batch, 1000 / args.steps
+                if action == "test":
+                    images, unit = TESTED, 1000
+                medians = {key: statistics.median(taken[WARM_UP:]) for key, taken in times.items()}
                 new = [
-                    dict(what=action, batch=batch, r=r, name=name, ms=median * unit)
-                    | dict(ratio=medians[r, names[0]] / median, first_ms=times[r, name][0] * 1000)
-                    | dict(all_ms=[round(taken * unit, 1) for taken in times[r, name][1:]])
-                    for (r, name), median in medians.items()
+                    dict(what=action, batch=images, r=r, name=name, ms=median * unit)
+                    | dict(ratio=medians[names[0]] / median, first_ms=times[name][0] * 1000)
+                    | dict(all_ms=[round(taken * unit, 1) for taken in times[name][WARM_UP:]])
+                    for name, median in medians.items()
                 ]
                 print(table(new), flush=True)
                 rows += new
                 keep()
-    for action, batch, count in (("train", 128, 512), ("test", 1000, 1000)):
+    for action, images in (("train", 128), ("test", TESTED)):
         for name in names:
-            with Contestant(name, device, count, batch, 3, args.data_dir) as contestant:
-                peak = contestant.do(action)[1]
-            peaks.append(dict(what=action, batch=batch, r=3, name=name, mib=peak))
-            print(f"peak memory  {action}  batch {batch}  {name}  {peak} MiB", flush=True)
+            found_mib = []
+            for _ in range(3):
+                with Contestant(name, device, 512, 128, 3, args.data_dir) as contestant:
+                    found_mib.append(contestant.do(action)[1])
+            peak = statistics.median(found_mib)
+            new = dict(what=action, batch=images, r=3, name=name, mib=peak, all_mib=found_mib)
+            peaks.append(new)
+            print(f"peak memory  {action}  batch {images}  {name}  {peak} MiB", flush=True)
             keep()
 
 
