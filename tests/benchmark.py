@@ -216,7 +216,7 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description="time and memory beside a plain version")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6, help="an even number, for both orders")
     parser.add_argument("--steps", type=int, help="training steps in a turn (4; on a GPU 100)")
     parser.add_argument("--batches", type=int, nargs="+", default=[128])
     parser.add_argument("--r", type=int, nargs="+", default=[1, 3])
