@@ -760,7 +760,7 @@ def load_checkpoint(file):
     except Exception as error:  # torch.load raises many kinds
         raise Failure(unsafe) from error
     try:
-        args = build_parser().parse_args([])  # for what an older file lacks
+        args = build_parser().parse_args([])  # defaults, for what an older file lacks
         vars(args).update(checkpoint["args"])
         model = make_model(args)
         model.load_state_dict(checkpoint["model"])

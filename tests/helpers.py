@@ -23,7 +23,7 @@ import net
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-RESULTS = (REPOSITORY / "results" / "README.md").read_text(encoding="utf-8")
+LIST = (REPOSITORY / "results" / "README.md").read_text(encoding="utf-8")
 TINY = {"conv_channels": 16, "primary_types": 4, "digit_dim": 8, "decoder_widths": (32, 64)}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

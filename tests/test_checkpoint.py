@@ -24,8 +24,8 @@ import pytest
 import torch
 import torchvision
 from helpers import (
+    LIST,
     QUICK,
-    RESULTS,
     Trap,
     checkpoint,
     files_in,
@@ -267,11 +267,11 @@ def test_log_holds_these_keys(finished):
 
 
 def test_readme_of_the_results_names_every_key_of_the_log(finished):
-    assert [name for name in log(finished)[0] if f"`{name}`" not in RESULTS] == []
+    assert [name for name in log(finished)[0] if f"`{name}`" not in LIST] == []
 
 
 def test_readme_of_the_results_names_every_key_of_the_checkpoint(finished):
-    assert [name for name in checkpoint(finished) if f"`{name}`" not in RESULTS] == []
+    assert [name for name in checkpoint(finished) if f"`{name}`" not in LIST] == []
 
 
 def test_log_is_the_history(train):

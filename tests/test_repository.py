@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import README, REPOSITORY, finish, fork, main, print_to, section, table
-from helpers import RESULTS as LIST
+from helpers import LIST, README, REPOSITORY, finish, fork, main, print_to, section, table
 
 import net
 

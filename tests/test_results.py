@@ -8,8 +8,7 @@ import statistics
 
 import pytest
 import torch
-from helpers import README, REPOSITORY, section, table
-from helpers import RESULTS as LIST
+from helpers import LIST, README, REPOSITORY, section, table
 
 import net
 
